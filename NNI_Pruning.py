@@ -17,18 +17,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import csv
 import ctypes
 import http.client
 import io
+import json
 import math
 import os
+import platform
 import shutil
 import socket
+import statistics
 import sys
 import tempfile
 import time
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -39,6 +43,7 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 # NNI, torchvision and scikit-learn are imported in the one function that needs each: load_model
 # then works where they are not installed (NNI has no wheel for ARM), and --help is quick.
@@ -63,6 +68,8 @@ MEAN, DEVIATION = 0.1307, 0.3081  # of MNIST's training pixels, scaled to 0..1
 
 DOWNLOAD_TIMEOUT = 10  # seconds that a mirror may stay silent
 CHECKPOINT_FORMAT = 1
+RESULTS_FORMAT = 1
+TOLERANCE = 0.1  # percentage points: a smaller fall counts as accuracy that holds
 
 
 class ExperimentError(Exception):
@@ -317,12 +324,12 @@ MNIST_FILES = {  # unpacked name: number of dimensions in the idx header
 }
 
 
-def load_data(name: str | None, data_dir: Path, subset: int | None, seed: int, device) -> Data:
+def load_data(name: str | None, data_dir: Path, subset: int | None, device) -> Data:
     """Load MNIST or the digits; with name None MNIST, and the digits where there is no MNIST.
 
     Args:
-        subset: keep the first `subset` training and `subset` / 6 test images of a shuffle that
-            `seed` decides; None keeps all.
+        subset: keep the first `subset` training and `subset` / 6 test images of a shuffle, the
+            same whatever the run's seed, so that seeds are compared on the same images.
 
     Raises:
         ExperimentError: a file is damaged, MNIST was asked for by name and is not to be had, or
@@ -332,8 +339,10 @@ def load_data(name: str | None, data_dir: Path, subset: int | None, seed: int, d
         parts = load_digits() if name == "digits" else load_mnist(data_dir)
     except NoMNISTError as error:
         if name == "mnist":
-            raise
-        print(f"{error}; going on with scikit-learn's digits instead", file=sys.stderr)
+            archives = ", ".join(f"{file}.gz" for file in MNIST_FILES)
+            raw = data_dir / "MNIST" / "raw"
+            raise ExperimentError(f"{error}. Put {archives} into {raw} yourself") from error
+        say(f"{error}. Going on with scikit-learn's digits instead")
         name, parts = "digits", load_digits()
     (train_images, train_labels), (test_images, test_labels) = parts
     if subset is not None:
@@ -341,7 +350,7 @@ def load_data(name: str | None, data_dir: Path, subset: int | None, seed: int, d
             raise UsageError(
                 f"--subset {subset} is more than the {len(train_labels)} training images"
             )
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         kept = torch.randperm(len(train_labels), generator=generator)[:subset]
         train_images, train_labels = train_images[kept], train_labels[kept]
         kept = torch.randperm(len(test_labels), generator=generator)[: max(1, subset // 6)]
@@ -408,55 +417,61 @@ def download_mnist(raw: Path) -> None:
     """Put the four unpacked files into `raw`: from archives that lie there, or from the network.
 
     torchvision's own MNIST(download=True) unpacks in place, so a second run could read a half
-    file, and it does not turn to the next mirror when one falls silent. So its parts are used
-    here in a folder of our own, and the finished files are moved into place.
+    file. So its parts are used here, in a folder of our own; finished files move into place.
     """
     from torchvision.datasets import MNIST
-    from torchvision.datasets.utils import check_integrity, download_url, extract_archive
+    from torchvision.datasets.utils import check_integrity, extract_archive
 
-    wrong_archive = None
     try:
         raw.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".download-", dir=raw))
     except OSError as error:
-        raise NoMNISTError(f"no MNIST in {raw}, and it cannot be written: {error}") from error
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+        reason = f"it cannot be written: {error.strerror}"
+        raise NoMNISTError(f"MNIST is not in {raw}, and {reason}") from error
     try:
         for archive, md5 in MNIST.resources:
-            if (raw / Path(archive).stem).is_file():
+            unpacked = Path(archive).stem
+            if (raw / unpacked).is_file():
                 continue
-            if (raw / archive).is_file():
-                if check_integrity(raw / archive, md5):
-                    shutil.copy(raw / archive, staging)
-                else:
-                    wrong_archive = raw / archive
-            failures = []
-            for mirror in MNIST.mirrors:
-                try:
-                    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar per file
-                        download_url(mirror + archive, str(staging), archive, md5)
-                    break
-                except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
-                    failures.append(
-                        f"{mirror}: {' '.join(str(error).split()) or type(error).__name__}"
-                    )
+            if check_integrity(raw / archive, md5):
+                shutil.copy(raw / archive, staging)
             else:
-                if wrong_archive:
-                    raise damaged(wrong_archive, "its checksum is wrong")
-                raise NoMNISTError(
-                    f"MNIST is not in {raw} and cannot be downloaded ({'; '.join(failures)})."
-                    f" To use your own copy, put {', '.join(name for name, _ in MNIST.resources)}"
-                    f" there"
-                )
+                failures = download_archive(archive, md5, staging)
+                if failures and (raw / archive).exists():
+                    raise damaged(raw / archive, "its checksum is wrong")
+                if failures:
+                    raise NoMNISTError(
+                        f"MNIST is not in {raw} and could not be downloaded: {'; '.join(failures)}"
+                    )
             extract_archive(str(staging / archive))
-            for file in (archive, Path(archive).stem):
-                (staging / file).replace(raw / file)
+            for name in (archive, unpacked):
+                (staging / name).replace(raw / name)
     except OSError as error:  # disk full, say
         raise ExperimentError(f"cannot store MNIST in {raw}: {error.strerror or error}") from error
     finally:
-        socket.setdefaulttimeout(timeout)
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def download_archive(archive: str, md5: str, folder: Path) -> list[str]:
+    """Try one mirror after the other; the reasons why each failed, empty if one gave the file."""
+    from torchvision.datasets import MNIST
+    from torchvision.datasets.utils import download_url
+
+    failures = []
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision sets none and would wait for ever
+    try:
+        for mirror in MNIST.mirrors:
+            try:
+                with contextlib.redirect_stderr(io.StringIO()):  # torchvision's progress bars
+                    download_url(mirror + archive, str(folder), archive, md5)
+                return []
+            except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                failures.append(f"{mirror}: {reason}")
+    finally:
+        socket.setdefaulttimeout(timeout)
+    return failures
 
 
 def load_digits():
@@ -634,70 +649,260 @@ def prune(model: CNN, pruner: str, sparsity: float, verbose: bool = False) -> CN
     return compact.eval()
 
 
-# --------------------------------------------------------------------------------- report
+# ----------------------------------------------------------------- jobs, rows, statistics
 
 
-@dataclass
-class Row:
-    """One line of the table: a model, and what was measured of it."""
+def epochs_of(number: int) -> str:
+    return "1 epoch" if number == 1 else f"{number} epochs"
 
-    name: str  # also the name of its .pth file
-    pruner: str | None
-    sparsity: float | None
+
+@dataclass(frozen=True)
+class Job:
+    """A model to be made: what one row of the table is to be about, for one seed."""
+
+    kind: str  # "baseline", "pruned", or a control: "continued", "scratch"
     seed: int
-    parameters: int
-    macs: int
-    accuracy_before: float | None  # % of the test images, right after pruning
-    accuracy: float  # % of the test images, after (fine-)tuning
-    training: Training | None  # None where --baseline skipped it
+    widths: tuple[int, ...]
+    epochs: int  # of its (last) training; 0 where --baseline skips it
+    pruner: str | None = None
+    sparsity: float | None = None
+
+    @property
+    def name(self) -> str:
+        return {
+            "baseline": "baseline",
+            "pruned": f"{self.pruner}_{self.sparsity}",
+            "continued": f"baseline_{self.epochs}_more",
+            "scratch": f"scratch_{self.sparsity}_{self.epochs}",
+        }[self.kind]
 
     @property
     def label(self) -> str:
-        return self.name if self.pruner is None else f"{self.pruner} {self.sparsity}"
+        return {
+            "baseline": "baseline",
+            "pruned": f"{self.pruner} {self.sparsity}",
+            "continued": f"baseline + {epochs_of(self.epochs)}",
+            "scratch": f"scratch {self.sparsity}, {epochs_of(self.epochs)}",
+        }[self.kind]
 
+
+@dataclass(frozen=True, kw_only=True)
+class Row(Job):
+    """A finished job and what was measured: a row of the table and of results.json."""
+
+    parameters: int
+    macs: int  # multiply-accumulates of one image's forward pass
+    test_images: int
+    accuracy_before: float | None  # % of the test images, right after pruning
+    accuracy: float  # % of the test images, at the end
+    training_seconds: float | None  # inside the training loop; None where --baseline skipped it
+    training_losses: list[float]  # one value per epoch
+    training_accuracies: list[float]  # one value per epoch, % of that epoch's training images
+
+
+def planned(
+    seed: int,
+    widths: tuple[int, ...],
+    epochs: int,
+    finetune_epochs: int,
+    pruners: list[str],
+    sparsities: list[float],
+    *,
+    controls: bool,
+    baseline_given: bool,
+) -> list[Job]:
+    """The jobs of one seed, in the order in which they run: all start from the first."""
+    jobs = [Job("baseline", seed, widths, 0 if baseline_given else epochs)]
+    if controls:
+        jobs.append(Job("continued", seed, widths, finetune_epochs))
+    jobs += [
+        Job("pruned", seed, pruned_widths(widths, sparsity), finetune_epochs, pruner, sparsity)
+        for pruner, sparsity in product(pruners, sparsities)
+    ]
+    if controls:
+        jobs += [
+            Job("scratch", seed, pruned_widths(widths, sparsity), length, sparsity=sparsity)
+            for sparsity, length in product(sparsities, (epochs + finetune_epochs, finetune_epochs))
+        ]
+    return jobs
+
+
+def by_name(rows: list[Row]) -> dict[str, dict[int, Row]]:
+    """{name: {seed: row}}, in the order in which the names first come."""
+    table: dict[str, dict[int, Row]] = {}
+    for row in rows:
+        table.setdefault(row.name, {})[row.seed] = row
+    return table
+
+
+def accuracies(rows: list[Row], kind: str, sparsity: float, pruner: str | None = None, epochs=None):
+    """{seed: accuracy}, the mean of the rows that match."""
+    found: dict[int, list[float]] = {}
+    for row in rows:
+        if (row.kind, row.sparsity) != (kind, sparsity):
+            continue
+        if pruner in (None, row.pruner) and epochs in (None, row.epochs):
+            found.setdefault(row.seed, []).append(row.accuracy)
+    return {seed: statistics.mean(values) for seed, values in found.items()}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A claim, and what the runs say of it. Differences are in percentage points."""
+
+    claim: str
+    answer: str  # "yes", "no" or "cannot tell"
+    difference: float
+    low: float  # of the 95 % confidence interval
+    high: float
+    seeds: int
+
+
+def binomial_error(accuracy: float, images: int) -> float:
+    """The standard error of an accuracy measured on so many images, both in percent."""
+    return math.sqrt(accuracy * (100 - accuracy) / images)
+
+
+def judge(
+    claim: str, ours: dict[int, float], theirs: dict[int, float], images: int, tolerance: float = 0
+) -> Verdict | None:
+    """Is `ours` better than `theirs` less `tolerance`? Accuracies in percent, by seed.
+
+    "yes" where the whole interval lies above -tolerance, "no" where all of it lies below. With
+    several seeds the interval is Student's t over the paired differences; with one, it is the
+    normal approximation for two independent binomial proportions of `images` images each.
+    None where the two have no seed in common.
+    """
+    from scipy import stats  # slow to import, and needed at the end only
+
+    seeds = ours.keys() & theirs.keys()
+    if not seeds:
+        return None
+    differences = [ours[seed] - theirs[seed] for seed in seeds]
+    difference = statistics.mean(differences)
+    if len(seeds) > 1:
+        error = statistics.stdev(differences) / math.sqrt(len(seeds))
+        reach = error * stats.t.ppf(0.975, len(seeds) - 1)
+    else:
+        (seed,) = seeds
+        errors = [binomial_error(accuracy[seed], images) for accuracy in (ours, theirs)]
+        reach = math.hypot(*errors) * stats.norm.ppf(0.975)
+    low, high = float(difference - reach), float(difference + reach)
+    answer = "yes" if low > -tolerance else "no" if high < -tolerance else "cannot tell"
+    return Verdict(claim, answer, difference, low, high, len(seeds))
+
+
+def verdicts(rows: list[Row]) -> list[Verdict]:
+    """The experiment's questions, as far as the rows can answer them."""
+    baseline = {row.seed: row.accuracy for row in rows if row.kind == "baseline"}
+    continued = {row.seed: row.accuracy for row in rows if row.kind == "continued"}
+    images = min(row.test_images for row in rows)
+    sparsities = list(dict.fromkeys(row.sparsity for row in rows if row.kind == "pruned"))
+    held = f"accuracy holds (falls by less than {TOLERANCE:.2f} pp)"
+    found = []
+    for sparsity in sparsities:
+        pruned = accuracies(rows, "pruned", sparsity)
+        found.append(judge(f"{held} at {sparsity}", pruned, baseline, images, TOLERANCE))
+        if continued:
+            claim = f"... and against the baseline trained as long, at {sparsity}"
+            found.append(judge(claim, pruned, continued, images, TOLERANCE))
+    for sparsity in sparsities:
+        l1, fpgm = (accuracies(rows, "pruned", sparsity, pruner) for pruner in PRUNERS)
+        found.append(judge(f"FPGM is better than L1 at {sparsity}", fpgm, l1, images))
+    for sparsity in sparsities:
+        pruned = accuracies(rows, "pruned", sparsity)
+        lengths = {row.epochs for row in rows if (row.kind, row.sparsity) == ("scratch", sparsity)}
+        for epochs in sorted(lengths, reverse=True):
+            scratch = accuracies(rows, "scratch", sparsity, epochs=epochs)
+            claim = f"pruning is better than {epochs_of(epochs)} from scratch at {sparsity}"
+            found.append(judge(claim, pruned, scratch, images))
+    return [verdict for verdict in found if verdict]
+
+
+# --------------------------------------------------------------------------------- report
 
 COLUMNS = (
     "model",
-    "pruned, %",
-    "accuracy, %",
-    "difference, pp",
+    "before\ntuning, %",  # accuracy right after pruning
+    "accuracy\n%",
+    "against\nbaseline, pp",
     "parameters",
-    "fewer",
-    "MACs/image",
-    "training, s",
-    "faster",
+    "times\nfewer",
+    "MACs per\nimage",
+    "training\ntime, s",
+    "times\nfaster",
 )
 
 
-def report(rows: list[Row]) -> str:
-    """The table. `pruned` is the accuracy before fine-tuning; the first row is the baseline."""
-    baseline = rows[0]
+def spread(values: list[float | None], digits: int) -> str:
+    """Mean ± standard deviation; of one value, the value; of none, nothing."""
+    if not values or None in values:
+        return ""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def signed(points: float) -> str:
+    return f"{round(points, 2) + 0.0:+.2f}"  # adding 0.0 makes -0.0 a plain 0.0
+
+
+def results_table(rows: list[Row]) -> str:
+    """One line per model, over all its seeds, compared with the baseline of the same seeds."""
+    table = by_name(rows)
+    baseline = table["baseline"]
     lines = []
-    for row in rows:
-        seconds = row.training and row.training.seconds
-        compared = row is not baseline
+    for name, by_seed in table.items():
+        row, *_ = same = list(by_seed.values())
+        pairs = [(row, baseline[row.seed]) for row in same if row.seed in baseline]
+        against = times_fewer = times_faster = ""
+        if name != "baseline" and pairs:
+            against = signed(statistics.mean(a.accuracy - b.accuracy for a, b in pairs))
+            times_fewer = f"{pairs[0][1].parameters / row.parameters:.1f}×"
+            if all(a.training_seconds and b.training_seconds for a, b in pairs):
+                ours = sum(a.training_seconds for a, b in pairs)
+                times_faster = f"{sum(b.training_seconds for a, b in pairs) / ours:.1f}×"
         lines.append(
             (
                 row.label,
-                "" if row.accuracy_before is None else f"{row.accuracy_before:.2f}",
-                f"{row.accuracy:.2f}",
-                f"{row.accuracy - baseline.accuracy:+.2f}" if compared else "",
+                spread([row.accuracy_before for row in same], 2),
+                spread([row.accuracy for row in same], 2),
+                against,
                 f"{row.parameters:,}",
-                f"{baseline.parameters / row.parameters:.1f}×" if compared else "",
+                times_fewer,
                 f"{row.macs:,}",
-                "" if seconds is None else f"{seconds:.1f}",
-                f"{baseline.training.seconds / seconds:.1f}×"
-                if compared and baseline.training
-                else "",
+                spread([row.training_seconds for row in same], 1),
+                times_faster,
             )
         )
     alignment = ("left", *("right",) * (len(COLUMNS) - 1))
     return tabulate(lines, COLUMNS, disable_numparse=True, colalign=alignment)
 
 
-def say(message: str) -> None:
-    """Progress goes to stderr: stdout carries the table alone and can be piped."""
-    print(message, file=sys.stderr, flush=True)
+def verdict_table(rows: list[Row]) -> str:
+    """What the rows say of each claim, and what the intervals rest on; nothing if nothing."""
+    found = verdicts(rows)
+    if not found:
+        return ""
+    lines = [
+        (v.claim, v.answer, signed(v.difference), f"{signed(v.low)} to {signed(v.high)}")
+        for v in found
+    ]
+    headers = ("claim", "answer", "pp", "95 % interval")
+    alignment = ("left", "left", "right", "right")
+    if max(verdict.seeds for verdict in found) > 1:
+        basis = "Intervals: Student's t over the seeds, paired. At a sparsity: mean of its pruners."
+    else:
+        basis = (
+            "One seed: the intervals hold the binomial error of the test images alone, not the"
+            " spread between seeds (--seeds 0 1 2 3 4 measures that)."
+        )
+    table = tabulate(lines, headers, disable_numparse=True, colalign=alignment)
+    return f"\n\n{table}\n\n{basis}"
+
+
+def report(rows: list[Row]) -> str:
+    """The table and the verdict under it."""
+    return results_table(rows) + verdict_table(rows)
 
 
 def encodable(text: str, encoding: str | None) -> str:
@@ -705,8 +910,92 @@ def encodable(text: str, encoding: str | None) -> str:
     try:
         text.encode(encoding or "ascii")
     except UnicodeEncodeError:
-        return text.replace("×", "x")
+        return text.replace("×", "x").replace("±", "+-")
     return text
+
+
+def say(message: str) -> None:
+    """To stderr: stdout carries the report alone, and can be piped."""
+    print(message, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """On a terminal one bar for the whole run, elsewhere one line an epoch; on stderr."""
+
+    def __init__(self, jobs: list[Job]) -> None:
+        seeds = len({job.seed for job in jobs}) > 1
+        self.names = [f"{job.label}, seed {job.seed}" if seeds else job.label for job in jobs]
+        # An epoch counts by its arithmetic, so that the time left is about right.
+        self.weights = [count_macs(CNN(job.widths)) for job in jobs]
+        terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self.bar = tqdm(
+            total=sum(job.epochs * w for job, w in zip(jobs, self.weights, strict=True)),
+            disable=not terminal,
+            bar_format="{percentage:3.0f}%|{bar}| {remaining} left, {desc}",
+        )
+
+    def epoch(self, at: int, job: Job, epoch: int, training: Training) -> None:
+        text = (
+            f"{at + 1}/{len(self.names)} {self.names[at]}: epoch {epoch} of {job.epochs},"
+            f" loss {training.losses[-1]:.4f}"
+        )
+        if self.bar.disable:
+            say(f"{text}, {training.seconds:.1f} s")
+        else:
+            self.bar.set_description_str(text, refresh=False)
+            self.bar.update(self.weights[at])
+
+
+# --------------------------------------------------------------------------- result files
+
+
+def plain(row: Row) -> dict:
+    """A row as results.json has it."""
+    return {"name": row.name, **asdict(row)}
+
+
+def write_results(folder: Path, rows: list[Row], about: dict) -> None:
+    """Write results.json and results.csv of all the rows so far, each atomically.
+
+    results.json: "format", `about` (settings, versions, hardware), "rows" (the fields of Row) and
+    "verdicts" (the fields of Verdict). results.csv: the rows, less what is a value per epoch.
+    """
+    content = {
+        "format": RESULTS_FORMAT,
+        **about,
+        "rows": [plain(row) for row in rows],
+        "verdicts": [asdict(verdict) for verdict in verdicts(rows)],
+    }
+    text = json.dumps(content, indent=1, allow_nan=False)
+    write_atomically(folder / "results.json", text.encode())
+    table = io.StringIO()
+    single = [name for name, value in plain(rows[0]).items() if not isinstance(value, list | tuple)]
+    writer = csv.DictWriter(table, single, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(map(plain, rows))
+    write_atomically(folder / "results.csv", table.getvalue().encode())
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a results.json, or of an export of NNI's trials (`nnictl experiment export`).
+
+    Raises:
+        ExperimentError: it is neither.
+    """
+    names = {field.name for field in fields(Row)}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            found = content["rows"]
+        else:  # an export: a list of trials, each with the final result that it reported
+            found = [row for trial in content for row in trial["value"]["rows"]]
+        rows = [Row(**{name: row[name] for name in names}) for row in found]
+        return [replace(row, widths=tuple(row.widths)) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ExperimentError(
+            f"{path} is neither a results.json of this script nor an export of its NNI trials"
+            f" ({type(error).__name__}: {error})"
+        ) from error
 
 
 # -------------------------------------------------------------------------------- options
@@ -804,10 +1093,19 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         help="use only N training images and N/6 test images (default: all)",
     )
     add(
+        "--seeds",
         "--seed",
         type=SEED,
-        default=0,
-        help="decides first weights, order and shifts of the images (default: %(default)s)",
+        nargs="+",
+        default=[0],
+        help="each decides first weights, order and shifts of the images; with several, the whole"
+        " experiment is run for each (default: 0)",
+    )
+    add(
+        "--controls",
+        action="store_true",
+        help="add fair comparisons: the baseline trained on, compact models trained from scratch"
+        " (default: without)",
     )
     add(
         "--device",
@@ -821,8 +1119,18 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         metavar="PATH",
         help="start from this .pth file (default: train a baseline)",
     )
+    add(
+        "--report",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="only print the table of earlier runs, from their results.json or from an export of"
+        " NNI trials, and draw results.png (default: run the experiment)",
+    )
     add("--verbose", action="store_true", help="let NNI's own messages through (default: silent)")
     options = parser.parse_args(argv)
+    for name in ("seeds", "pruner", "sparsity"):  # said twice is meant once
+        setattr(options, name, list(dict.fromkeys(getattr(options, name))))
 
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.mps.is_available()}
     if options.device == "auto":
@@ -832,128 +1140,310 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-# ----------------------------------------------------------------------------------- main
+# Okabe and Ito's colours, which the colour-blind can tell apart; the markers differ as well.
+STYLES = {
+    "baseline": ("#000000", "D"),
+    "continued": ("#666666", "d"),
+    "L1NormPruner": ("#0072B2", "o"),
+    "FPGMPruner": ("#D55E00", "s"),
+    "scratch": ("#009E73", "^"),
+}
 
 
-def describe(data: Data, epochs: int, finetune_epochs: int, seed: int, device: str) -> str:
-    """The line above the table: what was run, and on what."""
-    if device == "cuda":
-        device = torch.cuda.get_device_name()
-    elif device == "cpu":
-        device = f"CPU ({torch.get_num_threads()} threads)"
-    return (
-        f"{data}; {epochs} + {finetune_epochs} epochs; seed {seed}; {device};"
-        f" torch {torch.__version__}, NNI {version('nni')}"
+def draw(rows: list[Row], path: Path) -> None:
+    """Draw accuracy against parameters, and training time beside it, one mark per model (PNG)."""
+    try:
+        from matplotlib.figure import Figure  # without pyplot: no screen is looked for
+    except ImportError as error:
+        say(f"{path.name} was not drawn: {error}")
+        return
+    groups = [list(by_seed.values()) for by_seed in by_name(rows).values()]
+    figure = Figure(figsize=(10, 6), dpi=130, facecolor="white", layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    drawn: dict[int, int] = {}  # marks so far at a parameter count: they stand side by side
+    for at, group in enumerate(groups):
+        row = group[0]
+        colour, marker = STYLES[row.pruner or row.kind]
+        accuracy = [row.accuracy for row in group]
+        mean, seconds = statistics.mean(accuracy), [row.training_seconds for row in group]
+        drawn[row.parameters] = drawn.get(row.parameters, -1) + 1
+        x = row.parameters * 1.25 ** drawn[row.parameters]
+        error = (
+            statistics.stdev(accuracy) if len(group) > 1 else binomial_error(mean, row.test_images)
+        )
+        left.errorbar(x, mean, error, color=colour, marker=marker, markersize=10, capsize=4)
+        text = row.label.replace("NormPruner", "").replace("Pruner", "")
+        left.annotate(
+            text,
+            (x, mean + error),
+            (0, 9),  # points above the error bar
+            textcoords="offset points",
+            rotation=90,
+            ha="center",
+            color=colour,
+        )
+        if row.kind == "baseline":
+            left.axhline(mean, color=colour, linestyle="--", linewidth=1, zorder=0)
+        if None not in seconds:
+            right.barh(at, statistics.mean(seconds), color=colour)
+            text = f" {spread(seconds, 1)}"
+            right.annotate(text, (statistics.mean(seconds), at), va="center")
+    left.set(
+        xscale="log",
+        xlabel="parameters (equal ones side by side)",
+        ylabel="accuracy on the test images, %",
+    )
+    several = max(map(len, groups)) > 1
+    bars = "standard deviation over seeds" if several else "binomial standard error"
+    left.set_title(f"accuracy ± {bars}")
+    low, high = left.get_ylim()
+    left.set_ylim(low, high + 0.45 * (high - low))  # room for the labels
+    left.margins(x=0.1)
+    right.set_title("training time, s")
+    right.set_yticks(range(len(groups)), [group[0].label for group in groups])
+    right.invert_yaxis()
+    right.margins(x=0.35)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=11)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_atomically(path, buffer.getvalue())
+
+
+# ------------------------------------------------------------------------------- NNI trial
+
+
+def trial_arguments() -> list[str]:
+    """The trial's parameters, as options of the same names; none outside an NNI experiment.
+
+    To be called once: NNI hands out the next parameters at each call.
+    """
+    if "NNI_PLATFORM" not in os.environ:
+        return []
+    import nni
+
+    arguments = []
+    for name, value in (nni.get_next_parameter() or {}).items():
+        values = value if isinstance(value, list | tuple) else [value]
+        arguments += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return arguments
+
+
+def report_epoch(training: Training) -> None:
+    """An intermediate result: accuracy on that epoch's training images.
+
+    Not on the test images: an assessor that stops trials early would choose by them.
+    """
+    import nni
+
+    nni.report_intermediate_result(training.accuracies[-1])
+
+
+def report_to_experiment(rows: list[Row]) -> None:
+    """The trial's final result: accuracy, and all that --report needs for the table."""
+    import nni
+
+    row = rows[-1]
+    nni.report_final_result(
+        {
+            "default": row.accuracy,
+            "parameters": row.parameters,
+            "macs": row.macs,
+            "training_seconds": row.training_seconds,
+            "rows": [plain(row) for row in rows],
+        }
     )
 
 
-def load_baseline(path: Path, widths: tuple[int, ...]) -> tuple[CNN, dict]:
-    """A --baseline file; ExperimentError if it is unfit to be pruned in this run."""
+# ----------------------------------------------------------------------------------- main
+
+
+def describe(data: Data, epochs: int, finetune_epochs: int, seeds: list[int], device: str) -> str:
+    """The line above the table: what was run, and on what."""
+    numbers = ", ".join(map(str, seeds))
+    return (
+        f"{data}; {epochs} + {finetune_epochs} epochs; seed{'s' * (len(seeds) > 1)} {numbers};"
+        f" {device}; torch {torch.__version__}, NNI {version('nni')}"
+    )
+
+
+def hardware() -> dict[str, str | int | None]:
+    """The machine, as far as Python knows it."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):  # Linux says more here
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line for line in lines if line.startswith("model name")).split(": ", 1)[1]
+    return {"cpu": name, "cores": os.cpu_count(), "system": platform.platform()}
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads" if device == "cpu" else device.upper()
+
+
+def check_baseline(path: Path, widths: tuple[int, ...], dataset: str | None = None) -> None:
+    """ExperimentError if a --baseline file is unfit to be pruned in this run."""
     model, what = load_checkpoint(path)
     if model.widths != widths:
         raise ExperimentError(
             f"--baseline {path} has layer widths {model.widths}, where {widths} are expected;"
             " choose an unpruned model, and the --width that it was trained with"
         )
-    return model, what
+    if dataset not in (None, what.get("dataset")):
+        raise ExperimentError(
+            f"--baseline {path} was trained on {what.get('dataset')}, and this run is on {dataset}"
+        )
 
 
 def main(argv: list[str] | None = None) -> list[Row]:
-    """Run the experiment, print its table (also when cut short) and return the table's rows."""
-    options = parse_options(argv)
+    """Run the experiment, print its report (also when cut short) and return its rows."""
+    arguments = sys.argv[1:] if argv is None else argv
+    trial = "NNI_PLATFORM" in os.environ
+    options = parse_options([*arguments, *trial_arguments()])
+    if options.report:
+        rows = [row for path in options.report for row in read_rows(path)]
+        print(encodable(report(rows), sys.stdout.encoding))
+        draw(rows, options.checkpoint_dir / "results.png")
+        return rows
     keep_freed_memory()
-    with checkpoint_folder(options.checkpoint_dir):
-        return experiment(options)
+    folder = (
+        options.checkpoint_dir / os.environ["NNI_TRIAL_JOB_ID"] if trial else options.checkpoint_dir
+    )
+    with checkpoint_folder(folder):
+        return experiment(options, folder, trial)
 
 
-def experiment(options: argparse.Namespace) -> list[Row]:
-    """Train or load the baseline; prune, fine-tune and save a model per pruner and sparsity."""
-    device, seed = torch.device(options.device), options.seed
+def experiment(options: argparse.Namespace, folder: Path, trial: bool) -> list[Row]:
+    """Run the jobs of every seed, one after the other; save models and results as they come."""
     widths = scaled_widths(options.width)
     if options.baseline:
-        load_baseline(options.baseline, widths)  # an unfit file is found out first
-    data = load_data(options.dataset, options.data_dir, options.subset, seed, device)
+        check_baseline(options.baseline, widths)  # found out before the data is loaded
+    device = torch.device(options.device)
+    data = load_data(options.dataset, options.data_dir, options.subset, device)
+    if options.baseline:
+        check_baseline(options.baseline, widths, data.name)
     epochs = options.epochs or EPOCHS[data.name]
     finetune_epochs = options.finetune_epochs or epochs
+    jobs = [
+        job
+        for seed in options.seeds
+        for job in planned(
+            seed,
+            widths,
+            epochs,
+            finetune_epochs,
+            options.pruner,
+            options.sparsity,
+            controls=options.controls,
+            baseline_given=options.baseline is not None,
+        )
+    ]
+    heading = describe(data, epochs, finetune_epochs, options.seeds, device_name(options.device))
+    about = {
+        "heading": heading,
+        "settings": {name: str(value) for name, value in vars(options).items()},
+        "versions": {name: version(name) for name in ("torch", "torchvision", "nni", "numpy")}
+        | {"python": platform.python_version()},
+        "hardware": {"device": device_name(options.device), **hardware()},
+    }
     rows: list[Row] = []
-
-    def train_here(model: CNN, name: str, epochs: int) -> Training:
-        return train(
-            model,
-            data.train_images,
-            data.train_labels,
-            epochs=epochs,
-            lr=options.lr,
-            batch_size=options.batch_size or BATCH_SIZE[data.name],
-            seed=seed,
-            after_epoch=lambda epoch, training: say(
-                f"{name}: epoch {epoch} of {epochs}, loss {training.losses[-1]:.4f},"
-                f" {training.seconds:.1f} s"
-            ),
-        )
-
-    def finish(model: CNN, name: str, pruner=None, sparsity=None, before=None, training=None):
-        """Measure and save a model that is ready, and give it its row."""
-        row = Row(
-            name=name,
-            pruner=pruner,
-            sparsity=sparsity,
-            seed=seed,
-            parameters=count_parameters(model),
-            macs=count_macs(model),
-            accuracy_before=before,
-            accuracy=evaluate(model, data.test_images, data.test_labels),
-            training=training,
-        )
-        if training:
-            save_model(
-                options.checkpoint_dir / f"{name}.pth",
-                model,
-                pruner=pruner,
-                sparsity=sparsity,
-                accuracy=row.accuracy,
-                dataset=data.name,
-                seed=seed,
-            )
-        rows.append(row)
-
+    progress = Progress(jobs)
     try:
-        torch.manual_seed(seed)
-        if options.baseline:
-            baseline_path = options.baseline
-            finish(load_model(baseline_path).to(device), "baseline")
-        else:
-            baseline_path = options.checkpoint_dir / "baseline.pth"
-            model = CNN(widths).to(device)
-            finish(model, "baseline", training=train_here(model, "baseline", epochs))
+        for at, job in enumerate(jobs):
+            # The first seed's models lie in the folder itself, those of others in their own.
+            home = folder if job.seed == options.seeds[0] else folder / f"seed_{job.seed}"
+            baseline = options.baseline or home / "baseline.pth"
 
-        for pruner, sparsity in product(options.pruner, options.sparsity):
-            name = f"{pruner}_{sparsity}"
-            # From the file, and seeded anew: a row is the same whichever rows came before it.
-            torch.manual_seed(seed)
-            model = prune(load_model(baseline_path), pruner, sparsity, options.verbose).to(device)
-            before = evaluate(model, data.test_images, data.test_labels)
-            # The pruned layers are new tensors; train() makes a new optimizer for them.
-            training = train_here(model, name, finetune_epochs)
-            finish(model, name, pruner, sparsity, before, training)
+            def after_epoch(epoch, training, at=at, job=job):
+                progress.epoch(at, job, epoch, training)
+                if trial and job.kind == "pruned":
+                    report_epoch(training)
+
+            # Seeded anew, and the baseline comes from its file: a row does not depend on the rows
+            # before it.
+            torch.manual_seed(job.seed)
+            if job.kind == "pruned":
+                model = prune(load_model(baseline), job.pruner, job.sparsity, options.verbose)
+            elif job.kind == "continued" or job.epochs == 0:
+                model = load_model(baseline)
+            else:
+                model = CNN(job.widths)
+            assert model.widths == job.widths
+            model.to(device)
+            before = None
+            if job.kind == "pruned":
+                before = evaluate(model, data.test_images, data.test_labels)
+            training = train(
+                model,
+                data.train_images,
+                data.train_labels,
+                epochs=job.epochs,
+                lr=options.lr,
+                batch_size=options.batch_size or BATCH_SIZE[data.name],
+                seed=job.seed,
+                after_epoch=after_epoch,
+            )
+            rows.append(
+                Row(
+                    **vars(job),
+                    parameters=count_parameters(model),
+                    macs=count_macs(model),
+                    test_images=len(data.test_labels),
+                    accuracy_before=before,
+                    accuracy=evaluate(model, data.test_images, data.test_labels),
+                    training_seconds=training.seconds if job.epochs else None,
+                    training_losses=training.losses,
+                    training_accuracies=training.accuracies,
+                )
+            )
+            if job.epochs and job.kind in ("baseline", "pruned"):
+                home.mkdir(exist_ok=True)
+                save_model(
+                    home / f"{job.name}.pth",
+                    model,
+                    pruner=job.pruner,
+                    sparsity=job.sparsity,
+                    accuracy=rows[-1].accuracy,
+                    dataset=data.name,
+                    seed=job.seed,
+                )
+            write_results(folder, rows, about)
+        if trial:
+            report_to_experiment(rows)
     finally:
+        progress.bar.close()
         if rows:
-            heading = describe(data, epochs, finetune_epochs, seed, options.device)
-            print(encodable(f"{heading}\n\n{report(rows)}", sys.stdout.encoding))
+            print(encodable(f"{heading}\n\n{report(rows)}", sys.stdout.encoding), flush=True)
+    draw(rows, folder / "results.png")
     return rows
 
 
-def command_line() -> int:
+def command_line(argv: list[str] | None = None) -> int:
     """Run main; what a user can mend ends in one line on stderr and an exit status."""
     try:
-        main()
-        sys.stdout.flush()
+        main(argv)
     except ExperimentError as error:
         say(f"NNI_Pruning.py: error: {error}")
         return error.status
     except KeyboardInterrupt:
         say("NNI_Pruning.py: interrupted")
         return 130
+    except BrokenPipeError:  # `| head -1`: who reads has enough; results are in the files
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        say(f"NNI_Pruning.py: error: {error}")
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise  # a mistake of ours: the traceback is wanted
+        say(
+            "NNI_Pruning.py: error: there is not enough memory;"
+            " lower --batch-size or --width, or use a --subset"
+        )
+        return 1
     return 0
 
 

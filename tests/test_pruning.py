@@ -1,0 +1,172 @@
+"""Pruning against oracles of its own: norms, zeroed channels and arithmetic."""
+
+from itertools import product
+
+import pytest
+import torch
+
+import NNI_Pruning as script
+
+CASES = list(product(script.PRUNERS, (0.1, 0.5, 0.75, 0.99), (script.WIDTHS, (7, 12, 10, 5))))
+
+
+def random_model(widths) -> script.CNN:
+    """A model whose normalisation layers, too, hold values that a mistake would show in."""
+    torch.manual_seed(1)
+    model = script.CNN(widths)
+    for name, value in model.state_dict().items():
+        if "norm" in name and value.is_floating_point():
+            value.copy_(torch.rand(value.shape) + 0.5)
+    return model.eval()
+
+
+def l1_score(weight):
+    """The L1 norm of each filter (Li et al. 2017)."""
+    return weight.flatten(1).abs().sum(1)
+
+
+def fpgm_score(weight):
+    """The sum of each filter's distances to all filters of its layer (He et al. 2019)."""
+    filters = weight.flatten(1).double()
+    return (filters[:, None] - filters[None]).norm(dim=2).sum(1)
+
+
+SCORES = {"L1NormPruner": l1_score, "FPGMPruner": fpgm_score}
+
+
+def kept_channels(model, pruner, sparsity) -> dict[str, torch.Tensor]:
+    """By layer, the indices of the channels that a good pruner keeps: all but the lowest scores."""
+    kept = {}
+    for name in ("conv1", "conv2", "conv3", "hidden"):
+        scores = SCORES[pruner](getattr(model, name).weight.detach())
+        dropped = int(len(scores) * sparsity)
+        kept[name] = scores.argsort()[dropped:].sort().values
+    return kept
+
+
+@pytest.mark.parametrize(("pruner", "sparsity", "widths"), CASES)
+def test_kept_filters_are_those_that_the_norm_picks(pruner, sparsity, widths):
+    model = random_model(widths)
+    compact = script.prune(model, pruner, sparsity)
+    kept = kept_channels(model, pruner, sparsity)
+    conv1, conv2, conv3, hidden = kept.values()
+    positions = (conv3[:, None] * 4 + torch.arange(4)).flatten()  # a channel is 2 x 2 features
+    assert compact.conv1.weight.equal(model.conv1.weight[conv1])
+    assert compact.conv2.weight.equal(model.conv2.weight[conv2][:, conv1])
+    assert compact.conv3.weight.equal(model.conv3.weight[conv3][:, conv2])
+    assert compact.hidden.weight.equal(model.hidden.weight[hidden][:, positions])
+    assert compact.output.weight.equal(model.output.weight[:, hidden])
+    assert compact.output.bias.equal(model.output.bias)
+
+
+@pytest.mark.parametrize(("pruner", "sparsity", "widths"), CASES)
+def test_compact_model_equals_the_original_with_channels_zeroed(pruner, sparsity, widths):
+    # A masked channel would still emit its BatchNorm's bias (NNI issue 2130), so that goes too.
+    model = random_model(widths)
+    compact = script.prune(model, pruner, sparsity)
+    kept = kept_channels(model, pruner, sparsity)
+    with torch.no_grad():
+        for name, channels in kept.items():
+            gone = torch.ones(getattr(model, name).weight.shape[0], dtype=torch.bool)
+            gone[channels] = False
+            layers = [name, name.replace("conv", "norm")] if "conv" in name else [name]
+            for layer in map(model.get_submodule, layers):
+                layer.weight[gone] = 0
+                if layer.bias is not None:
+                    layer.bias[gone] = 0
+        images = torch.randn(64, 1, 28, 28)
+        logits, expected = compact(images), model(images)
+    assert logits.shape == (64, 10)
+    assert (logits - expected).abs().max() < 1e-5
+    assert expected.std() > 1e-3  # else the comparison would mean nothing
+
+
+@pytest.mark.parametrize("sparsity", [None, 0.01, 0.1, 0.33, 0.5, 0.75, 0.9, 0.99])
+@pytest.mark.parametrize("factor", [1, 0.3, 0.05])
+def test_parameters_and_macs_by_arithmetic(sparsity, factor):
+    model = script.CNN(script.scaled_widths(factor))
+    c1, c2, c3, h = widths = model.widths
+    assert widths == tuple(max(1, round(width * factor)) for width in script.WIDTHS)
+    if sparsity is not None:
+        model = script.prune(model, "L1NormPruner", sparsity)
+        c1, c2, c3, h = (width - int(width * sparsity) for width in widths)
+        assert min(c1, c2, c3, h) >= 1
+    convolutions = 5 * 5 * c1, 3 * 3 * c1 * c2, 3 * 3 * c2 * c3
+    linear = c3 * 2 * 2 * h, h * 10
+    norms_and_biases = 2 * (c1 + c2 + c3) + h + 10
+    assert model.widths == (c1, c2, c3, h)
+    assert script.count_parameters(model) == sum(convolutions) + sum(linear) + norms_and_biases
+    positions = 12 * 12, 10 * 10, 5 * 5
+    macs = sum(a * b for a, b in zip(convolutions, positions, strict=True)) + sum(linear)
+    assert script.count_macs(model) == macs
+
+
+@pytest.mark.parametrize("pruner", script.PRUNERS)
+def test_what_the_defaults_promise(pruner):
+    baseline = random_model(script.WIDTHS)
+    parameters = script.count_parameters(baseline)
+    assert 80_000 <= parameters <= 120_000
+    for sparsity, times in ((0.5, 3.8), (0.75, 14)):
+        compact = script.prune(baseline, pruner, sparsity)
+        assert parameters / script.count_parameters(compact) >= times
+
+
+@pytest.mark.parametrize("sparsity", script.SPARSITIES)
+def test_the_original_stays_as_it_was(sparsity):
+    model = random_model(script.WIDTHS)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    script.prune(model, "FPGMPruner", sparsity)
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+
+
+def test_pruning_a_saved_baseline_leaves_its_file_alone(tmp_path):
+    path = tmp_path / "baseline.pth"
+    script.save_model(path, random_model(script.WIDTHS), dataset="mnist")
+    before = path.read_bytes()
+    script.prune(script.load_model(path), "L1NormPruner", 0.5)
+    assert path.read_bytes() == before
+
+
+def test_fine_tuning_a_compact_model_trains_all_of_it():
+    compact = script.prune(random_model(script.WIDTHS), "L1NormPruner", 0.5)
+    before = {name: value.clone() for name, value in compact.named_parameters()}
+    side = 28 + 2 * script.MAX_SHIFT
+    images, labels = torch.randn(64, 1, side, side), torch.arange(64) % 10
+    script.train(compact, images, labels, epochs=1, lr=0.01, batch_size=32, seed=0)
+    assert not any(value.equal(before[name]) for name, value in compact.named_parameters())
+
+
+def test_training_order_is_shuffled_every_epoch_and_test_order_never(monkeypatch):
+    class Spy(torch.nn.Module):
+        """Stands in for the model, and writes down which images it is shown."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(10))
+            self.seen = []
+
+        def forward(self, images):
+            self.seen += images[:, 0, 14, 14].int().tolist()
+            return images[:, 0, :1, 0] * 0 + self.weight
+
+    side = 28 + 2 * script.MAX_SHIFT
+    images = torch.arange(40.0)[:, None, None, None].expand(40, 1, side, side)
+    labels = torch.arange(40) % 10
+    spy = Spy()
+    script.train(spy, images, labels, epochs=2, lr=0.01, batch_size=16, seed=0)
+    first, second = spy.seen[:40], spy.seen[40:]
+    assert sorted(first) == sorted(second) == list(range(40))
+    assert list(range(40)) not in (first, second)
+    assert first != second
+    spy.seen.clear()
+    script.evaluate(spy, images[..., :28, :28], labels)
+    assert spy.seen == list(range(40))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_cuda_trains_and_agrees_with_the_cpu(tmp_path):
+    model = random_model(script.WIDTHS)
+    images = torch.randn(64, 1, 28, 28)
+    with torch.no_grad():
+        expected = model(images)
+        assert (model.cuda()(images.cuda()).cpu() - expected).abs().max() < 1e-2
