@@ -206,7 +206,7 @@ def test_the_second_mirror_helps_when_the_first_fails(
 
 def test_without_a_network_the_digits_step_in(refusing, use, raw, capsys):
     use(refusing, refusing)
-    data = script.load_data(None, raw.parent.parent, None, 0, "cpu")
+    data = script.load_data(None, raw.parent.parent, subset=None, device="cpu")
     assert data.name == "digits"
     assert "NOT MNIST" in str(data)
     assert len(data.train_labels) + len(data.test_labels) == 1797
@@ -221,7 +221,7 @@ def test_without_a_network_the_digits_step_in(refusing, use, raw, capsys):
 def test_without_a_network_mnist_by_name_is_an_error_that_helps(refusing, use, raw):
     use(refusing)
     with pytest.raises(script.ExperimentError) as caught:
-        script.load_data("mnist", raw.parent.parent, None, 0, "cpu")
+        script.load_data("mnist", raw.parent.parent, subset=None, device="cpu")
     assert caught.value.status == 1
     for part in (*ARCHIVES, str(raw), refusing, "refused"):
         assert part in str(caught.value)
@@ -232,7 +232,7 @@ def test_without_a_network_mnist_by_name_is_an_error_that_helps(refusing, use, r
 def test_a_folder_that_cannot_be_written_lets_the_digits_step_in(tmp_path, use, capsys):
     use()
     (tmp_path / "file").touch()  # even root makes no folder below a file
-    assert script.load_data(None, tmp_path / "file", None, 0, "cpu").name == "digits"
+    assert script.load_data(None, tmp_path / "file", subset=None, device="cpu").name == "digits"
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert "cannot be written" in err
@@ -278,7 +278,7 @@ def test_a_wrong_archive_on_disk_is_named(dataset, archives, refusing, use, raw,
     spoil(raw / ARCHIVES[3])
     before = files_of(raw)
     with pytest.raises(script.ExperimentError) as caught:
-        script.load_data(dataset, raw.parent.parent, None, 0, "cpu")
+        script.load_data(dataset, raw.parent.parent, subset=None, device="cpu")
     assert str(raw / ARCHIVES[3]) in str(caught.value)
     assert "delete" in str(caught.value)
     assert before.items() <= files_of(raw).items()  # nothing of the user's is changed
