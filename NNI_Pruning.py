@@ -295,10 +295,10 @@ def checkpoint_folder(folder: Path):
 
 @dataclass(frozen=True)
 class Data:
-    """A data set in memory, normalised; images are float32, labels int64.
+    """A data set in memory: images as bytes, which train and evaluate normalise, labels as int64.
 
-    Training images are (N, 1, 28 + 2 * MAX_SHIFT, 28 + 2 * MAX_SHIFT), padded with background so
-    that a shifted image is a mere slice; test images are (N, 1, 28, 28).
+    Training images are (N, 28 + 2 * MAX_SHIFT, 28 + 2 * MAX_SHIFT), padded with background so that
+    a shifted image is a mere slice; test images are (N, 28, 28).
     """
 
     name: str
@@ -358,16 +358,16 @@ def load_data(name: str | None, data_dir: Path, subset: int | None, device) -> D
         test_images, test_labels = test_images[kept], test_labels[kept]
     return Data(
         name or "mnist",
-        normalised(F.pad(train_images, (MAX_SHIFT,) * 4)).to(device),
+        F.pad(train_images, (MAX_SHIFT,) * 4).to(device),
         train_labels.to(device),
-        normalised(test_images).to(device),
+        test_images.to(device),
         test_labels.to(device),
     )
 
 
 def normalised(images: Tensor) -> Tensor:
     """uint8 (N, H, W) pixels as the float (N, 1, H, W) that the model takes."""
-    return images.float().div_(255).sub_(MEAN).div_(DEVIATION).unsqueeze(1)
+    return images.unsqueeze(1).float().div_(255).sub_(MEAN).div_(DEVIATION)
 
 
 def load_mnist(data_dir: Path):
@@ -539,7 +539,9 @@ def train(
     """Train with AdamW and the one-cycle schedule (Smith and Topin 2018), shuffled every epoch.
 
     Args:
-        images: padded by MAX_SHIFT on each side; each batch is shifted by up to that many pixels.
+        images: uint8 (N, H, W), 28 x 28 pixels padded by MAX_SHIFT on each side; each batch is
+            shifted by up to that many pixels.
+        labels: int64 (N,).
         seed: decides the order of the images and their shifts.
         after_epoch: called with the epoch's number, from 1, and the Training so far; not timed.
 
@@ -563,7 +565,7 @@ def train(
         loss_sum, correct = torch.zeros((), device=device), torch.zeros((), device=device)
         for batch, (down, right) in zip(order.split(batch_size), shifts, strict=True):
             target = labels[batch]
-            logits = model(images[:, :, down : down + 28, right : right + 28][batch])
+            logits = model(normalised(images[:, down : down + 28, right : right + 28][batch]))
             loss = F.cross_entropy(logits, target, label_smoothing=LABEL_SMOOTHING)
             loss.backward()
             optimizer.step()
@@ -586,10 +588,10 @@ def train(
 
 @torch.inference_mode()
 def evaluate(model: CNN, images: Tensor, labels: Tensor) -> float:
-    """Accuracy in percent. Images (N, 1, 28, 28), normalised; labels (N,)."""
+    """Accuracy in percent. Images: uint8 (N, 28, 28); labels: int64 (N,)."""
     model.eval()
-    batches = zip(images.split(1000), labels.split(1000), strict=True)
-    correct = sum((model(batch).argmax(1) == target).sum() for batch, target in batches)
+    batches = zip(images.split(500), labels.split(500), strict=True)
+    correct = sum((model(normalised(x)).argmax(1) == target).sum() for x, target in batches)
     return 100 * correct.item() / len(labels)
 
 
@@ -1309,7 +1311,6 @@ def main(argv: list[str] | None = None) -> list[Row]:
         options.checkpoint_dir.mkdir(parents=True, exist_ok=True)
         draw(rows, options.checkpoint_dir / "results.png")
         return rows
-    keep_freed_memory()
     folder = (
         options.checkpoint_dir / os.environ["NNI_TRIAL_JOB_ID"] if trial else options.checkpoint_dir
     )
@@ -1352,6 +1353,7 @@ def experiment(options: argparse.Namespace, folder: Path, trial: bool) -> list[R
     }
     rows: list[Row] = []
     progress = Progress(jobs)
+    keep_freed_memory()  # not before: what loading the data took can go back
     try:
         for at, job in enumerate(jobs):
             # The first seed's models lie in the folder itself, those of others in their own.

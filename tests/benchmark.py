@@ -91,7 +91,7 @@ def inference(data: script.Data, sparsity: float, batch_size: int = 1000) -> flo
     """Seconds to classify all test images."""
     model = script.CNN(script.pruned_widths(script.WIDTHS, sparsity))
     model = model.to(data.test_images.device).eval()
-    batches = data.test_images.split(batch_size)
+    batches = script.normalised(data.test_images).split(batch_size)
     with torch.inference_mode():
         model(batches[0])
         script.synchronize(data.test_images.device)

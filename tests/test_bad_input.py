@@ -23,7 +23,7 @@ EARLIER = b"a model that an earlier run saved"
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """On models this small, more threads only wait for each other, for seconds on a busy machine."""
+    """On models this small, more threads only wait for each other: seconds on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -330,7 +330,7 @@ def test_a_loss_that_becomes_nan(fails):
     assert "lower --lr" in err
 
 
-def test_a_later_loss_that_becomes_nan_leaves_the_rows_before_it(call, given, monkeypatch):
+def test_a_later_loss_that_becomes_nan_leaves_the_rows_before_it(call, given):
     # With --baseline the first row needs no training, so only the pruned model's loss is NaN.
     status, out, err = call(*QUICK, "--baseline", given, "--lr", "1e30")
     assert status == 1

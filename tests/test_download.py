@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from torchvision.datasets import MNIST
 import NNI_Pruning as script
 from conftest import ARCHIVES, ROOT, files_of
 
+SILENCE = 10  # seconds, of a silent mirror: longer than a whole test may take
 ALL_FILES = {*ARCHIVES, *script.MNIST_FILES}
 
 # ----------------------------------------------------------------------- mirrors and faults
@@ -78,7 +80,7 @@ def cut(request, content):
 
 
 def silent(request, content):
-    request.server.test_is_over.wait(60)
+    request.server.test_is_over.wait(SILENCE)
 
 
 def falls_silent(request, content):
@@ -197,9 +199,10 @@ def test_the_second_mirror_helps_when_the_first_fails(
     fault, mirror, refusing, use, raw, expected, contents, monkeypatch, capsys
 ):
     monkeypatch.setattr(script, "DOWNLOAD_TIMEOUT", 0.5)
-    before = socket.getdefaulttimeout()
+    before, start = socket.getdefaulttimeout(), time.monotonic()
     use(mirror(fault) if fault else refusing, mirror())
     assert_arrived(raw, expected, contents)
+    assert time.monotonic() - start < SILENCE  # a silent mirror was not waited for
     assert capsys.readouterr() == ("", "")
     assert socket.getdefaulttimeout() == before  # the rest of the process keeps its own
 

@@ -131,7 +131,8 @@ def test_fine_tuning_a_compact_model_trains_all_of_it():
     compact = script.prune(random_model(script.WIDTHS), "L1NormPruner", 0.5)
     before = {name: value.clone() for name, value in compact.named_parameters()}
     side = 28 + 2 * script.MAX_SHIFT
-    images, labels = torch.randn(64, 1, side, side), torch.arange(64) % 10
+    images = torch.randint(256, (64, side, side), dtype=torch.uint8)
+    labels = torch.arange(64) % 10
     script.train(compact, images, labels, epochs=1, lr=0.01, batch_size=32, seed=0)
     assert not any(value.equal(before[name]) for name, value in compact.named_parameters())
 
@@ -146,11 +147,12 @@ def test_training_order_is_shuffled_every_epoch_and_test_order_never(monkeypatch
             self.seen = []
 
         def forward(self, images):
-            self.seen += images[:, 0, 14, 14].int().tolist()
+            pixels = images[:, 0, 14, 14] * script.DEVIATION + script.MEAN
+            self.seen += (pixels * 255).round().int().tolist()
             return images[:, 0, :1, 0] * 0 + self.weight
 
     side = 28 + 2 * script.MAX_SHIFT
-    images = torch.arange(40.0)[:, None, None, None].expand(40, 1, side, side)
+    images = torch.arange(40, dtype=torch.uint8)[:, None, None].expand(40, side, side)
     labels = torch.arange(40) % 10
     spy = Spy()
     script.train(spy, images, labels, epochs=2, lr=0.01, batch_size=16, seed=0)
