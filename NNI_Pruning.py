@@ -1273,7 +1273,7 @@ def describe(data: Data, epochs: int, finetune_epochs: int, seeds: list[int], de
 
 def hardware() -> dict[str, str | int | None]:
     """The machine, as far as Python knows it."""
-    name = platform.processor() or platform.machine()
+    name = platform.machine()
     with contextlib.suppress(OSError, StopIteration):  # Linux says more here
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line for line in lines if line.startswith("model name")).split(": ", 1)[1]
