@@ -9,7 +9,7 @@ sparsities, makes each pruned model really smaller with ModelSpeedup, fine-tunes
 prints one table. To take a compact model home: `model = load_model("checkpoints/....pth")`.
 
 The file reads in the order in which it runs: settings, model, checkpoints, data, training,
-pruning, report, options, main.
+pruning; jobs, statistics, report, result files; options, NNI trial, main.
 """
 
 from __future__ import annotations
@@ -710,12 +710,10 @@ def planned(
     finetune_epochs: int,
     pruners: list[str],
     sparsities: list[float],
-    *,
-    controls: bool,
-    baseline_given: bool,
+    controls: bool = False,
 ) -> list[Job]:
-    """The jobs of one seed, in the order in which they run: all start from the first."""
-    jobs = [Job("baseline", seed, widths, 0 if baseline_given else epochs)]
+    """The jobs of one seed, in the order in which they run; `epochs` 0: the baseline is there."""
+    jobs = [Job("baseline", seed, widths, epochs)]
     if controls:
         jobs.append(Job("continued", seed, widths, finetune_epochs))
     jobs += [
@@ -723,9 +721,11 @@ def planned(
         for pruner, sparsity in product(pruners, sparsities)
     ]
     if controls:
+        # As long as baseline and fine-tuning together, and as long as fine-tuning alone.
+        lengths = dict.fromkeys((epochs + finetune_epochs, finetune_epochs))
         jobs += [
             Job("scratch", seed, pruned_widths(widths, sparsity), length, sparsity=sparsity)
-            for sparsity, length in product(sparsities, (epochs + finetune_epochs, finetune_epochs))
+            for sparsity, length in product(sparsities, lengths)
         ]
     return jobs
 
@@ -896,8 +896,8 @@ def verdict_table(rows: list[Row]) -> str:
         basis = "Intervals: Student's t over the seeds, paired. At a sparsity: mean of its pruners."
     else:
         basis = (
-            "One seed: the intervals hold the binomial error of the test images alone, not the"
-            " spread between seeds (--seeds 0 1 2 3 4 measures that)."
+            "One seed: the intervals hold the binomial error of the test images alone.\n"
+            "How much seeds differ is not in them; --seeds 0 1 2 3 4 measures it."
         )
     table = tabulate(lines, headers, disable_numparse=True, colalign=alignment)
     return f"\n\n{table}\n\n{basis}"
@@ -929,7 +929,8 @@ class Progress:
         seeds = len({job.seed for job in jobs}) > 1
         self.names = [f"{job.label}, seed {job.seed}" if seeds else job.label for job in jobs]
         # An epoch counts by its arithmetic, so that the time left is about right.
-        self.weights = [count_macs(CNN(job.widths)) for job in jobs]
+        macs = {widths: count_macs(CNN(widths)) for widths in {job.widths for job in jobs}}
+        self.weights = [macs[job.widths] for job in jobs]
         terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self.bar = tqdm(
             total=sum(job.epochs * w for job, w in zip(jobs, self.weights, strict=True)),
@@ -985,20 +986,41 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         ExperimentError: it is neither.
     """
-    names = {field.name for field in fields(Row)}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content, dict):
             found = content["rows"]
         else:  # an export: a list of trials, each with the final result that it reported
             found = [row for trial in content for row in trial["value"]["rows"]]
-        rows = [Row(**{name: row[name] for name in names}) for row in found]
-        return [replace(row, widths=tuple(row.widths)) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        rows = [checked_row(values) for values in found]
+        if not any(row.kind == "baseline" for row in rows):
+            raise ValueError("there is no baseline among its rows")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ExperimentError(
             f"{path} is neither a results.json of this script nor an export of its NNI trials"
             f" ({type(error).__name__}: {error})"
         ) from error
+    return rows
+
+
+def checked_row(values: dict) -> Row:
+    """The row that `plain` made; KeyError, TypeError or ValueError where a value is unfit."""
+    row = Row(**{field.name: values[field.name] for field in fields(Row)})
+    if row.kind not in ("baseline", "pruned", "continued", "scratch"):
+        raise ValueError(f"unknown kind {row.kind!r}")
+    counts = (row.parameters, row.macs, row.test_images)
+    if not all(type(count) is int and count > 0 for count in counts):
+        raise ValueError(f"{row.kind}: parameters, macs and test_images are not whole numbers")
+    if type(row.seed) is not int or type(row.epochs) is not int:
+        raise ValueError(f"{row.kind}: seed and epochs are not whole numbers")
+    numbers = [row.accuracy, row.accuracy_before, row.training_seconds, row.sparsity]
+    if not all(n is None or (type(n) in (int, float) and 0 <= n < math.inf) for n in numbers):
+        raise ValueError(f"{row.kind}: a measured value is not a number of 0 or more")
+    if row.accuracy is None or row.accuracy > 100:
+        raise ValueError(f"{row.kind}: the accuracy is not in percent")
+    if row.pruner not in (None, *PRUNERS):
+        raise ValueError(f"unknown pruner {row.pruner!r}")
+    return replace(row, widths=tuple(row.widths))
 
 
 # -------------------------------------------------------------------------------- options
@@ -1303,7 +1325,6 @@ def check_baseline(path: Path, widths: tuple[int, ...], dataset: str | None = No
 def main(argv: list[str] | None = None) -> list[Row]:
     """Run the experiment, print its report (also when cut short) and return its rows."""
     arguments = sys.argv[1:] if argv is None else argv
-    trial = "NNI_PLATFORM" in os.environ
     options = parse_options([*arguments, *trial_arguments()])
     if options.report:
         rows = [row for path in options.report for row in read_rows(path)]
@@ -1311,11 +1332,53 @@ def main(argv: list[str] | None = None) -> list[Row]:
         options.checkpoint_dir.mkdir(parents=True, exist_ok=True)
         draw(rows, options.checkpoint_dir / "results.png")
         return rows
-    folder = (
-        options.checkpoint_dir / os.environ["NNI_TRIAL_JOB_ID"] if trial else options.checkpoint_dir
-    )
+    folder, trial = options.checkpoint_dir, "NNI_PLATFORM" in os.environ
+    if trial:
+        if (len(options.pruner), len(options.sparsity), len(options.seeds)) != (1, 1, 1):
+            raise UsageError(
+                "a trial of an NNI experiment needs one pruner, one sparsity, one seed"
+            )
+        folder = folder / os.environ["NNI_TRIAL_JOB_ID"]  # trials must not share files
     with checkpoint_folder(folder):
         return experiment(options, folder, trial)
+
+
+def run_job(job: Job, data: Data, baseline: Path, options, after_epoch) -> tuple[CNN, Row]:
+    """Make one model and measure it; `baseline` is the file that it starts from, if it does."""
+    # Seeded anew, and from the baseline's file: a row does not depend on the rows before it.
+    torch.manual_seed(job.seed)
+    before = None
+    if job.kind == "pruned":
+        model = prune(load_model(baseline), job.pruner, job.sparsity, options.verbose)
+        before = evaluate(model.to(options.device), data.test_images, data.test_labels)
+    elif job.kind == "continued" or job.epochs == 0:
+        model = load_model(baseline).to(options.device)
+    else:
+        model = CNN(job.widths).to(options.device)
+    assert model.widths == job.widths
+    training = Training()
+    if job.epochs:
+        training = train(
+            model,
+            data.train_images,
+            data.train_labels,
+            epochs=job.epochs,
+            lr=options.lr,
+            batch_size=options.batch_size or BATCH_SIZE[data.name],
+            seed=job.seed,
+            after_epoch=after_epoch,
+        )
+    return model, Row(
+        **vars(job),
+        parameters=count_parameters(model),
+        macs=count_macs(model),
+        test_images=len(data.test_labels),
+        accuracy_before=before,
+        accuracy=evaluate(model, data.test_images, data.test_labels),
+        training_seconds=training.seconds if job.epochs else None,
+        training_losses=training.losses,
+        training_accuracies=training.accuracies,
+    )
 
 
 def experiment(options: argparse.Namespace, folder: Path, trial: bool) -> list[Row]:
@@ -1323,8 +1386,7 @@ def experiment(options: argparse.Namespace, folder: Path, trial: bool) -> list[R
     widths = scaled_widths(options.width)
     if options.baseline:
         check_baseline(options.baseline, widths)  # found out before the data is loaded
-    device = torch.device(options.device)
-    data = load_data(options.dataset, options.data_dir, options.subset, device)
+    data = load_data(options.dataset, options.data_dir, options.subset, options.device)
     if options.baseline:
         check_baseline(options.baseline, widths, data.name)
     epochs = options.epochs or EPOCHS[data.name]
@@ -1335,12 +1397,11 @@ def experiment(options: argparse.Namespace, folder: Path, trial: bool) -> list[R
         for job in planned(
             seed,
             widths,
-            epochs,
+            0 if options.baseline else epochs,
             finetune_epochs,
             options.pruner,
             options.sparsity,
-            controls=options.controls,
-            baseline_given=options.baseline is not None,
+            options.controls,
         )
     ]
     heading = describe(data, epochs, finetune_epochs, options.seeds, device_name(options.device))
@@ -1358,50 +1419,14 @@ def experiment(options: argparse.Namespace, folder: Path, trial: bool) -> list[R
         for at, job in enumerate(jobs):
             # The first seed's models lie in the folder itself, those of others in their own.
             home = folder if job.seed == options.seeds[0] else folder / f"seed_{job.seed}"
-            baseline = options.baseline or home / "baseline.pth"
 
             def after_epoch(epoch, training, at=at, job=job):
                 progress.epoch(at, job, epoch, training)
                 if trial and job.kind == "pruned":
                     report_epoch(training)
 
-            # Seeded anew, and the baseline comes from its file: a row does not depend on the rows
-            # before it.
-            torch.manual_seed(job.seed)
-            if job.kind == "pruned":
-                model = prune(load_model(baseline), job.pruner, job.sparsity, options.verbose)
-            elif job.kind == "continued" or job.epochs == 0:
-                model = load_model(baseline)
-            else:
-                model = CNN(job.widths)
-            assert model.widths == job.widths
-            model.to(device)
-            before = None
-            if job.kind == "pruned":
-                before = evaluate(model, data.test_images, data.test_labels)
-            training = train(
-                model,
-                data.train_images,
-                data.train_labels,
-                epochs=job.epochs,
-                lr=options.lr,
-                batch_size=options.batch_size or BATCH_SIZE[data.name],
-                seed=job.seed,
-                after_epoch=after_epoch,
-            )
-            rows.append(
-                Row(
-                    **vars(job),
-                    parameters=count_parameters(model),
-                    macs=count_macs(model),
-                    test_images=len(data.test_labels),
-                    accuracy_before=before,
-                    accuracy=evaluate(model, data.test_images, data.test_labels),
-                    training_seconds=training.seconds if job.epochs else None,
-                    training_losses=training.losses,
-                    training_accuracies=training.accuracies,
-                )
-            )
+            baseline = options.baseline or home / "baseline.pth"
+            model, row = run_job(job, data, baseline, options, after_epoch)
             if job.epochs and job.kind in ("baseline", "pruned"):
                 home.mkdir(exist_ok=True)
                 save_model(
@@ -1409,10 +1434,11 @@ def experiment(options: argparse.Namespace, folder: Path, trial: bool) -> list[R
                     model,
                     pruner=job.pruner,
                     sparsity=job.sparsity,
-                    accuracy=rows[-1].accuracy,
+                    accuracy=row.accuracy,
                     dataset=data.name,
                     seed=job.seed,
                 )
+            rows.append(row)
             write_results(folder, rows, about)
         if trial:
             report_to_experiment(rows)

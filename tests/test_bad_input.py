@@ -16,7 +16,9 @@ import torch
 import NNI_Pruning as script
 from conftest import ROOT, files_of
 
-QUICK = "--dataset digits --epochs 1 --width 0.1 --pruner L1NormPruner --sparsity 0.5".split()
+# Quick also where an error goes unnoticed, so that a failing test does not train for minutes.
+SMALL = "--subset 600 --epochs 1 --width 0.1 --pruner L1NormPruner --sparsity 0.5".split()
+QUICK = ["--dataset", "digits", *SMALL]
 WIDTHS = script.scaled_widths(0.1)  # those of QUICK
 EARLIER = b"a model that an earlier run saved"
 
@@ -86,24 +88,24 @@ WRONG_VALUES = {
     [(option, value) for option, values in WRONG_VALUES.items() for value in values],
 )
 def test_a_wrong_value_is_named_with_its_option(option, value, fails):
-    err = fails(2, option, value)
+    err = fails(2, *QUICK, option, value)
     assert option in err
     assert repr(value) in err
 
 
 def test_one_wrong_value_among_right_ones(fails):
-    assert "'1.0'" in fails(2, "--sparsity", "0.5", "1.0", "0.75")
-    assert "'Nobody'" in fails(2, "--pruner", "FPGMPruner", "Nobody")
+    assert "'1.0'" in fails(2, *QUICK, "--sparsity", "0.5", "1.0", "0.75")
+    assert "'Nobody'" in fails(2, *QUICK, "--pruner", "FPGMPruner", "Nobody")
 
 
 @pytest.mark.parametrize("arguments", [["--epoch", "3"], ["digits"], ["--epochs"]])
 def test_options_that_are_unknown_or_incomplete(arguments, fails):
     # --epoch: were abbreviations allowed, a script that uses one would break with a new option.
-    assert arguments[0] in fails(2, *arguments)
+    assert arguments[0] in fails(2, *QUICK, *arguments)
 
 
 def test_a_subset_larger_than_the_data(fails):
-    err = fails(2, "--dataset", "digits", "--subset", 1438)
+    err = fails(2, *QUICK, "--subset", 1438)
     assert "--subset 1438" in err
     assert "1437" in err
 
@@ -120,14 +122,14 @@ def test_a_subset_as_large_as_the_data(data_dir):
 def test_a_device_that_is_not_there(device, there, fails):
     if there:
         pytest.skip(f"this machine has {device}")
-    assert f"--device {device}" in fails(2, "--device", device)
+    assert f"--device {device}" in fails(2, *QUICK, "--device", device)
 
 
 @pytest.mark.parametrize(
     "arguments", [["--sparsity", "1.5"], ["--pruner", "NoSuchPruner"], ["--epochs", "0"]]
 )
 def test_wrong_usage_of_the_real_process(arguments, run, checkpoints):
-    process = run(*arguments)
+    process = run(*QUICK, *arguments)
     assert_one_line(process.returncode, process.stdout, process.stderr, 2)
     assert files_of(checkpoints) == {"baseline.pth": EARLIER}
 
@@ -179,7 +181,7 @@ def damage(data_dir, tmp_path):
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_a_damaged_data_file_is_named(kind, dataset, damage, fails):
     path = damage(*DAMAGES[kind])
-    err = fails(1, "--data-dir", path.parent.parent.parent, *dataset)
+    err = fails(1, *SMALL, "--data-dir", path.parent.parent.parent, *dataset)
     assert str(path) in err  # and no going on with the digits: damage is not absence
     assert "delete" in err
 
@@ -187,7 +189,7 @@ def test_a_damaged_data_file_is_named(kind, dataset, damage, fails):
 @pytest.mark.parametrize("name", ["train-labels-idx1-ubyte", LABELS])
 def test_fewer_labels_than_images(name, damage, fails):
     path = damage(name, lambda c: with_count(c, int.from_bytes(c[4:8], "big") - 1)[:-1])
-    err = fails(1, "--data-dir", path.parent.parent.parent)
+    err = fails(1, *SMALL, "--data-dir", path.parent.parent.parent)
     assert str(path.parent) in err
     assert "delete" in err
 

@@ -23,10 +23,7 @@ def rows_of(accuracies: dict[str, list[float]], images: int = 10_000) -> list[sc
     rows = []
     seeds = len(next(iter(accuracies.values())))
     for seed in range(seeds):
-        jobs = script.planned(
-            seed, script.WIDTHS, 4, 4, ["L1NormPruner", "FPGMPruner"], [0.5],
-            controls=True, baseline_given=False,
-        )  # fmt: skip
+        jobs = script.planned(seed, script.WIDTHS, 4, 4, script.PRUNERS, [0.5], controls=True)
         rows += [
             script.Row(
                 **vars(job),
