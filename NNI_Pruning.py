@@ -130,8 +130,8 @@ class CNN(nn.Module):
 
 
 def scaled_widths(factor: float) -> tuple[int, ...]:
-    """WIDTHS times `factor`, rounded, at least 1 each."""
-    return tuple(max(1, round(width * factor)) for width in WIDTHS)
+    """WIDTHS times `factor`, rounded; at least 2 each, since ModelSpeedup fails on a single one."""
+    return tuple(max(2, round(width * factor)) for width in WIDTHS)
 
 
 def pruned_widths(widths: tuple[int, ...], sparsity: float) -> tuple[int, ...]:
@@ -216,7 +216,7 @@ def checked_model(content: object) -> CNN:
     """The model in a checkpoint's dictionary; ValueError says what is wrong with it."""
     if not isinstance(content, dict) or not {"format", "widths", "state_dict"} <= content.keys():
         raise ValueError("it is not a checkpoint of this script")
-    if content["format"] != CHECKPOINT_FORMAT:
+    if type(content["format"]) is not int or content["format"] != CHECKPOINT_FORMAT:
         raise ValueError("its format is that of another version of this script")
     widths, weights = content["widths"], content["state_dict"]
     if (
@@ -233,7 +233,7 @@ def checked_model(content: object) -> CNN:
         weight = weights[name]
         if (
             not isinstance(weight, Tensor)
-            or weight.layout != torch.strided
+            or (weight.layout, weight.device.type) != (torch.strided, "cpu")
             or (weight.shape, weight.dtype) != (wanted.shape, wanted.dtype)
             or not weight.is_contiguous()
         ):
@@ -577,9 +577,11 @@ def train(
         training.seconds += time.perf_counter() - start
         training.losses.append(loss_sum.item() / len(images))
         training.accuracies.append(100 * correct.item() / len(images))
-        if not math.isfinite(training.losses[-1]):
+        finite = torch.stack([weight.isfinite().all() for weight in model.parameters()]).all()
+        if not math.isfinite(training.losses[-1]) or not finite:
             raise ExperimentError(
-                f"the loss became {training.losses[-1]} in epoch {epoch}; lower --lr (now {lr:g})"
+                f"the loss or the weights became infinite or NaN in epoch {epoch}; lower --lr"
+                f" (now {lr:g})"
             )
         after_epoch(epoch, training)
     model.eval()
@@ -1467,7 +1469,8 @@ def command_line(argv: list[str] | None = None) -> int:
         say(f"NNI_Pruning.py: error: {error}")
         return 1
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+        exhausted = ("out of memory", "not enough memory", "can't allocate memory")  # torch's words
+        if not isinstance(error, MemoryError) and not any(text in str(error) for text in exhausted):
             raise  # a mistake of ours: the traceback is wanted
         say(
             "NNI_Pruning.py: error: there is not enough memory;"

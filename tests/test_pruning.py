@@ -82,11 +82,11 @@ def test_compact_model_equals_the_original_with_channels_zeroed(pruner, sparsity
 
 
 @pytest.mark.parametrize("sparsity", [None, 0.01, 0.1, 0.33, 0.5, 0.75, 0.9, 0.99])
-@pytest.mark.parametrize("factor", [1, 0.3, 0.05])
+@pytest.mark.parametrize("factor", [1, 0.3, 0.05, 0.001])
 def test_parameters_and_macs_by_arithmetic(sparsity, factor):
     model = script.CNN(script.scaled_widths(factor))
     c1, c2, c3, h = widths = model.widths
-    assert widths == tuple(max(1, round(width * factor)) for width in script.WIDTHS)
+    assert widths == tuple(max(2, round(width * factor)) for width in script.WIDTHS)
     if sparsity is not None:
         model = script.prune(model, "L1NormPruner", sparsity)
         c1, c2, c3, h = (width - int(width * sparsity) for width in widths)
