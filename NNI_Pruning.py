@@ -55,7 +55,7 @@ SPARSITIES = (0.5, 0.75)  # configurations 1 and 2: the share of each layer's ch
 
 # Output channels of the three convolutions and of the hidden linear layer. At 0.75, 64 channels
 # become 16, the width of one AVX-512 vector of floats: narrower layers would not train faster.
-WIDTHS = (64, 64, 64, 64)
+WIDTHS = (64, 64, 96, 48)
 MAX_WIDTH = 4096  # of a layer; more is a typing error or a hostile file
 CLASSES = 10
 
@@ -992,8 +992,8 @@ def read_rows(path: Path) -> list[Row]:
         content = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content, dict):
             found = content["rows"]
-        else:  # an export: a list of trials, each with the final result that it reported
-            found = [row for trial in content for row in trial["value"]["rows"]]
+        else:  # an export: a list of trials, with the final result that each reported, as text
+            found = [row for trial in content for row in json.loads(trial["value"])["rows"]]
         rows = [checked_row(values) for values in found]
         if not any(row.kind == "baseline" for row in rows):
             raise ValueError("there is no baseline among its rows")
