@@ -22,6 +22,7 @@ import ctypes
 import http.client
 import io
 import json
+import logging
 import math
 import os
 import platform
@@ -32,6 +33,7 @@ import sys
 import tempfile
 import time
 import warnings
+import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from itertools import product
@@ -197,6 +199,9 @@ def load_checkpoint(path: str | Path) -> tuple[CNN, dict]:
     """
     path = Path(path)
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.save's format; torch itself never compresses
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                raise ValueError("it would unpack to more than it is")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about some of what it then refuses
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -273,7 +278,8 @@ def checkpoint_folder(folder: Path):
         lock.acquire()
         write_atomically(folder / ".writable", b"")
         (folder / ".writable").unlink()
-        for leftover in folder.glob(".*.tmp"):  # of a run that was killed inside a save
+        # Of a run that was killed inside a save.
+        for leftover in (*folder.glob(".*.tmp"), *folder.glob("seed_*/.*.tmp")):
             leftover.unlink()
     except filelock.Timeout as error:
         raise ExperimentError(
@@ -377,19 +383,22 @@ def load_mnist(data_dir: Path):
         NoMNISTError: not on disk and not downloadable.
         ExperimentError: a file on disk is truncated or not MNIST.
     """
-    from torchvision.datasets import MNIST
+    from torchvision.datasets.mnist import read_image_file, read_label_file
 
-    raw = data_dir / "MNIST" / "raw"  # where torchvision.datasets.MNIST(data_dir) looks
+    raw = data_dir / "MNIST" / "raw"  # where torchvision.datasets.MNIST(data_dir) has them, too
     if not all((raw / name).is_file() for name in MNIST_FILES):
         download_mnist(raw)
     counts = [check_idx(raw / name, dimensions) for name, dimensions in MNIST_FILES.items()]
     if counts[0] != counts[1] or counts[2] != counts[3]:
         raise ExperimentError(f"{raw}: not as many labels as images; delete the files, run again")
-    train, test = (MNIST(data_dir, train=train) for train in (True, False))
-    for dataset, name in ((train, "train-labels-idx1-ubyte"), (test, "t10k-labels-idx1-ubyte")):
-        if dataset.targets.max() >= CLASSES:
-            raise damaged(raw / name, "it holds labels above 9")
-    return (train.data, train.targets), (test.data, test.targets)
+    parts = []
+    for part in ("train", "t10k"):
+        images = read_image_file(str(raw / f"{part}-images-idx3-ubyte"))
+        labels = read_label_file(str(raw / f"{part}-labels-idx1-ubyte"))
+        if labels.max() >= CLASSES:
+            raise damaged(raw / f"{part}-labels-idx1-ubyte", "it holds labels above 9")
+        parts.append((images, labels))
+    return parts
 
 
 def damaged(path: Path, reason: str) -> ExperimentError:
@@ -536,7 +545,10 @@ def train(
     seed: int,
     after_epoch=lambda epoch, training: None,
 ) -> Training:
-    """Train with AdamW and the one-cycle schedule (Smith and Topin 2018), shuffled every epoch.
+    """Train, with the images in another order every epoch.
+
+    AdamW (Loshchilov and Hutter 2019), the one-cycle schedule (Smith and Topin 2018), label
+    smoothing (Szegedy et al. 2016).
 
     Args:
         images: uint8 (N, H, W), 28 x 28 pixels padded by MAX_SHIFT on each side; each batch is
@@ -910,18 +922,38 @@ def report(rows: list[Row]) -> str:
     return results_table(rows) + verdict_table(rows)
 
 
-def encodable(text: str, encoding: str | None) -> str:
-    """The text, with plain letters for the table's signs where the encoding lacks them."""
+def put(text: str, stream) -> None:
+    """Print to stdout or stderr, also where its encoding lacks the table's signs.
+
+    Where nobody reads any more (`| head -1`) or the stream was closed, the run goes on: its files
+    were asked for, too.
+
+    Raises:
+        ExperimentError: the stream is a file, and the disk is full.
+    """
+    if stream is None:
+        return
     try:
-        text.encode(encoding or "utf-8")  # a stream without an encoding takes any text
+        text.encode(stream.encoding or "utf-8")
     except UnicodeEncodeError:
-        return text.replace("×", "x").replace("±", "+-")
-    return text
+        text = text.replace("×", "x").replace("±", "+-")
+    try:
+        print(text, file=stream, flush=True)
+    except OSError as error:
+        # What is still in the stream's buffer would fail once more at the end of the process.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise ExperimentError(f"cannot write the output: {error.strerror}") from error
 
 
 def say(message: str) -> None:
     """To stderr: stdout carries the report alone, and can be piped."""
-    print(message, file=sys.stderr, flush=True)
+    put(message, sys.stderr)
+
+
+def error_line(message: object) -> str:
+    """A message as the one line that it is to be, even where a path in it has several."""
+    return f"NNI_Pruning.py: error: {' '.join(str(message).split())}"
 
 
 class Progress:
@@ -933,7 +965,8 @@ class Progress:
         # An epoch counts by its arithmetic, so that the time left is about right.
         macs = {widths: count_macs(CNN(widths)) for widths in {job.widths for job in jobs}}
         self.weights = [macs[job.widths] for job in jobs]
-        terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        dumb = sys.stderr is None or os.environ.get("TERM") == "dumb"
+        terminal = not dumb and sys.stderr.isatty()
         self.bar = tqdm(
             total=sum(job.epochs * w for job, w in zip(jobs, self.weights, strict=True)),
             disable=not terminal,
@@ -950,6 +983,78 @@ class Progress:
         else:
             self.bar.set_description_str(text, refresh=False)
             self.bar.update(self.weights[at])
+
+
+# Okabe and Ito's colours, which the colour-blind can tell apart; the markers differ as well.
+STYLES = {
+    "baseline": ("#000000", "D"),
+    "continued": ("#666666", "d"),
+    "L1NormPruner": ("#0072B2", "o"),
+    "FPGMPruner": ("#D55E00", "s"),
+    "scratch": ("#009E73", "^"),
+}
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Draw accuracy against parameters, and training time beside it, one mark per model (PNG)."""
+    try:
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where there is no HOME
+        from matplotlib.figure import Figure  # without pyplot: no screen is looked for
+    except ImportError as error:
+        say(f"{path.name} was not drawn: {error}")
+        return
+    groups = [list(by_seed.values()) for by_seed in by_name(rows).values()]
+    figure = Figure(figsize=(10, 6), dpi=130, facecolor="white", layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    drawn: dict[int, int] = {}  # marks so far at a parameter count: they stand side by side
+    for at, group in enumerate(groups):
+        row = group[0]
+        colour, marker = STYLES[row.pruner or row.kind]
+        accuracy = [row.accuracy for row in group]
+        mean, seconds = statistics.mean(accuracy), [row.training_seconds for row in group]
+        drawn[row.parameters] = drawn.get(row.parameters, -1) + 1
+        x = row.parameters * 1.25 ** drawn[row.parameters]
+        error = (
+            statistics.stdev(accuracy) if len(group) > 1 else binomial_error(mean, row.test_images)
+        )
+        left.errorbar(x, mean, error, color=colour, marker=marker, markersize=10, capsize=4)
+        text = row.label.replace("NormPruner", "").replace("Pruner", "")
+        left.annotate(
+            text,
+            (x, mean + error),
+            (0, 9),  # points above the error bar
+            textcoords="offset points",
+            rotation=90,
+            ha="center",
+            color=colour,
+        )
+        if row.kind == "baseline":
+            left.axhline(mean, color=colour, linestyle="--", linewidth=1, zorder=0)
+        if None not in seconds:
+            right.barh(at, statistics.mean(seconds), color=colour)
+            text = f" {spread(seconds, 1)}"
+            right.annotate(text, (statistics.mean(seconds), at), va="center")
+    left.set(
+        xscale="log",
+        xlabel="parameters (equal ones side by side)",
+        ylabel="accuracy on the test images, %",
+    )
+    several = max(map(len, groups)) > 1
+    bars = "standard deviation over seeds" if several else "binomial standard error"
+    left.set_title(f"accuracy ± {bars}")
+    low, high = left.get_ylim()
+    left.set_ylim(low, high + 0.45 * (high - low))  # room for the labels
+    left.margins(x=0.1)
+    right.set_title("training time, s")
+    right.set_yticks(range(len(groups)), [group[0].label for group in groups])
+    right.invert_yaxis()
+    right.margins(x=0.35)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=11)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_atomically(path, buffer.getvalue())
 
 
 # --------------------------------------------------------------------------- result files
@@ -1031,7 +1136,10 @@ def checked_row(values: dict) -> Row:
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """One line and exit status 2, without argparse's page of usage in front of it."""
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+        self.exit(2, f"{error_line(message)} (--help lists the options)\n")
+
+    def _print_message(self, message: str, file=None) -> None:
+        put(message.rstrip("\n"), file)  # --help and errors, too, may find no reader
 
 
 def checked(kind, wanted: str, accept):
@@ -1167,77 +1275,6 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; the markers differ as well.
-STYLES = {
-    "baseline": ("#000000", "D"),
-    "continued": ("#666666", "d"),
-    "L1NormPruner": ("#0072B2", "o"),
-    "FPGMPruner": ("#D55E00", "s"),
-    "scratch": ("#009E73", "^"),
-}
-
-
-def draw(rows: list[Row], path: Path) -> None:
-    """Draw accuracy against parameters, and training time beside it, one mark per model (PNG)."""
-    try:
-        from matplotlib.figure import Figure  # without pyplot: no screen is looked for
-    except ImportError as error:
-        say(f"{path.name} was not drawn: {error}")
-        return
-    groups = [list(by_seed.values()) for by_seed in by_name(rows).values()]
-    figure = Figure(figsize=(10, 6), dpi=130, facecolor="white", layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    drawn: dict[int, int] = {}  # marks so far at a parameter count: they stand side by side
-    for at, group in enumerate(groups):
-        row = group[0]
-        colour, marker = STYLES[row.pruner or row.kind]
-        accuracy = [row.accuracy for row in group]
-        mean, seconds = statistics.mean(accuracy), [row.training_seconds for row in group]
-        drawn[row.parameters] = drawn.get(row.parameters, -1) + 1
-        x = row.parameters * 1.25 ** drawn[row.parameters]
-        error = (
-            statistics.stdev(accuracy) if len(group) > 1 else binomial_error(mean, row.test_images)
-        )
-        left.errorbar(x, mean, error, color=colour, marker=marker, markersize=10, capsize=4)
-        text = row.label.replace("NormPruner", "").replace("Pruner", "")
-        left.annotate(
-            text,
-            (x, mean + error),
-            (0, 9),  # points above the error bar
-            textcoords="offset points",
-            rotation=90,
-            ha="center",
-            color=colour,
-        )
-        if row.kind == "baseline":
-            left.axhline(mean, color=colour, linestyle="--", linewidth=1, zorder=0)
-        if None not in seconds:
-            right.barh(at, statistics.mean(seconds), color=colour)
-            text = f" {spread(seconds, 1)}"
-            right.annotate(text, (statistics.mean(seconds), at), va="center")
-    left.set(
-        xscale="log",
-        xlabel="parameters (equal ones side by side)",
-        ylabel="accuracy on the test images, %",
-    )
-    several = max(map(len, groups)) > 1
-    bars = "standard deviation over seeds" if several else "binomial standard error"
-    left.set_title(f"accuracy ± {bars}")
-    low, high = left.get_ylim()
-    left.set_ylim(low, high + 0.45 * (high - low))  # room for the labels
-    left.margins(x=0.1)
-    right.set_title("training time, s")
-    right.set_yticks(range(len(groups)), [group[0].label for group in groups])
-    right.invert_yaxis()
-    right.margins(x=0.35)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=11)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    write_atomically(path, buffer.getvalue())
-
-
 # ------------------------------------------------------------------------------- NNI trial
 
 
@@ -1274,6 +1311,9 @@ def report_to_experiment(rows: list[Row]) -> None:
     row = rows[-1]
     nni.report_final_result(
         {
+            # NNI 3.0 hands two trials that start together each other's parameters, and its records
+            # keep the swap. In the exported CSV these, the true ones, take the records' place.
+            **(nni.get_current_parameter() or {}),
             "default": row.accuracy,
             "parameters": row.parameters,
             "macs": row.macs,
@@ -1330,9 +1370,9 @@ def main(argv: list[str] | None = None) -> list[Row]:
     options = parse_options([*arguments, *trial_arguments()])
     if options.report:
         rows = [row for path in options.report for row in read_rows(path)]
-        print(encodable(report(rows), sys.stdout.encoding))
         options.checkpoint_dir.mkdir(parents=True, exist_ok=True)
         draw(rows, options.checkpoint_dir / "results.png")
+        put(report(rows), sys.stdout)
         return rows
     folder, trial = options.checkpoint_dir, "NNI_PLATFORM" in os.environ
     if trial:
@@ -1444,11 +1484,11 @@ def experiment(options: argparse.Namespace, folder: Path, trial: bool) -> list[R
             write_results(folder, rows, about)
         if trial:
             report_to_experiment(rows)
-    finally:
+        draw(rows, folder / "results.png")
+    finally:  # what is finished is shown, whatever happened
         progress.bar.close()
         if rows:
-            print(encodable(f"{heading}\n\n{report(rows)}", sys.stdout.encoding), flush=True)
-    draw(rows, folder / "results.png")
+            put(f"{heading}\n\n{report(rows)}", sys.stdout)
     return rows
 
 
@@ -1457,25 +1497,19 @@ def command_line(argv: list[str] | None = None) -> int:
     try:
         main(argv)
     except ExperimentError as error:
-        say(f"NNI_Pruning.py: error: {error}")
+        say(error_line(error))
         return error.status
     except KeyboardInterrupt:
         say("NNI_Pruning.py: interrupted")
         return 130
-    except BrokenPipeError:  # `| head -1`: who reads has enough; results are in the files
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:
-        say(f"NNI_Pruning.py: error: {error}")
+        say(error_line(error))
         return 1
     except (MemoryError, RuntimeError) as error:
         exhausted = ("out of memory", "not enough memory", "can't allocate memory")  # torch's words
         if not isinstance(error, MemoryError) and not any(text in str(error) for text in exhausted):
             raise  # a mistake of ours: the traceback is wanted
-        say(
-            "NNI_Pruning.py: error: there is not enough memory;"
-            " lower --batch-size or --width, or use a --subset"
-        )
+        say(error_line("not enough memory; lower --batch-size or --width, or use a --subset"))
         return 1
     return 0
 
