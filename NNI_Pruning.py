@@ -1170,6 +1170,9 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="NNI_Pruning.py",
         description="Structured channel pruning of a CNN on MNIST: accuracy, size, training time.",
+        epilog="results.json holds heading, settings, versions, hardware; rows, each with name, "
+        f"{', '.join(field.name for field in fields(Row))}; verdicts, each with "
+        f"{', '.join(field.name for field in fields(Verdict))}. results.csv holds the rows.",
         allow_abbrev=False,
     )
     per_data_set = "default: {mnist} on MNIST, {digits} on the digits".format

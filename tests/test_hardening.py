@@ -41,6 +41,8 @@ from conftest import ROOT, files_of, idx_bytes
 if sys.platform != "linux":
     pytest.skip("the faults are injected by Linux's means", allow_module_level=True)
 
+pytestmark = pytest.mark.slow
+
 TINY = "--dataset digits --subset 400 --epochs 1 --width 0.1 --device cpu".split()
 ONE_PRUNER = "--pruner L1NormPruner --sparsity 0.5".split()
 QUICK = [*TINY, *ONE_PRUNER]

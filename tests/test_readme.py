@@ -1,5 +1,6 @@
 """The README against the script: what it promises must be what is there."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -35,6 +36,13 @@ def test_columns_are_those_of_the_script():
     # The README explains each column in a table row that begins with its name in bold.
     explained = re.findall(r"^\| \*\*(.+?)\*\*", README, re.MULTILINE)
     assert explained == [column.replace("\n", " ") for column in script.COLUMNS]
+
+
+def test_fields_of_the_results_are_named():
+    text, help_words = README, " ".join(help_text().split())
+    for field in (*dataclasses.fields(script.Row), *dataclasses.fields(script.Verdict)):
+        assert f"`{field.name}`" in text
+        assert field.name in help_words
 
 
 def test_loading_example_runs_as_printed(tmp_path, data_dir, monkeypatch, capsys):

@@ -369,10 +369,14 @@ def test_signals_reach_the_right_process(tmp_path, target, number, status):
             process.kill()
 
 
-def test_unknown_parameter_is_named(data_dir, tmp_path):
-    process, reported = trial_without_manager(data_dir, tmp_path, {"sparsty": 0.5})
+@pytest.mark.parametrize(
+    ("parameters", "named"),
+    [({"sparsty": 0.5}, "--sparsty"), ({"pruner": "FPGMPruner"}, "one sparsity")],
+)
+def test_unfit_parameters_are_named(data_dir, tmp_path, parameters, named):
+    process, reported = trial_without_manager(data_dir, tmp_path, parameters)
     assert process.returncode == 2
-    assert re.fullmatch(r"NNI_Pruning\.py: error: .*--sparsty.*\n", process.stderr)
+    assert re.fullmatch(rf"NNI_Pruning\.py: error: .*{named}.*\n", process.stderr)
     assert not reported
     assert not (tmp_path / "checkpoints").exists()
 
