@@ -19,6 +19,7 @@ import contextlib
 import copy
 import csv
 import ctypes
+import gc
 import http.client
 import io
 import json
@@ -612,6 +613,18 @@ def evaluate(model: CNN, images: Tensor, labels: Tensor) -> float:
 # -------------------------------------------------------------------------------- pruning
 
 
+@contextlib.contextmanager
+def silence():
+    """Keep NNI quiet: what it logs, prints and warns of concerns its own graph, not the result."""
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        yield
+
+
 def prune(model: CNN, pruner: str, sparsity: float, verbose: bool = False) -> CNN:
     """A really smaller copy of `model`: the share `sparsity` of each layer's channels is gone.
 
@@ -624,17 +637,16 @@ def prune(model: CNN, pruner: str, sparsity: float, verbose: bool = False) -> CN
         pruner: one of PRUNERS.
         sparsity: between 0 and 1, both excluded.
         verbose: let NNI's own messages through.
+
+    Raises:
+        ExperimentError: a layer would lose all its channels, or NNI has no room for its files.
     """
-    with contextlib.ExitStack() as silence:
-        if not verbose:
-            # NNI logs, prints and warns; what it prints concerns its own graph, not the result.
-            silence.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore")
-            silence.enter_context(contextlib.redirect_stdout(io.StringIO()))
-            silence.enter_context(contextlib.redirect_stderr(io.StringIO()))
+    problem = None
+    with contextlib.nullcontext() if verbose else silence():
         import nni
         from nni.compression import pruning
         from nni.compression.speedup import ModelSpeedup
+        from nni.compression.speedup.error_code import EmptyLayerError
 
         if not verbose:
             nni.silence_stdout()
@@ -656,7 +668,20 @@ def prune(model: CNN, pruner: str, sparsity: float, verbose: bool = False) -> CN
         # through a batch of random images; a batch of 1 would prune nothing (NNI issue 5735).
         images = torch.rand(8, 1, 28, 28)
         graph = torch.fx.symbolic_trace(pruned)
-        ModelSpeedup(pruned, images, masks, graph_module=graph).speedup_model()
+        try:
+            ModelSpeedup(pruned, images, masks, graph_module=graph).speedup_model()
+        except EmptyLayerError:
+            problem = f"at {sparsity} {pruner} leaves a layer without channels; lower --sparsity"
+        except (OSError, RuntimeError) as error:  # it keeps the weights in a temporary file
+            reason = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(reason, OSError):
+                raise
+            problem = f"NNI cannot write to {tempfile.gettempdir()}: {reason.strerror}"
+        # NNI's graphs are reference cycles: megabytes that would otherwise wait for the collector.
+        del graph, masks, nni_pruner
+        gc.collect()
+    if problem:
+        raise ExperimentError(problem)
 
     # What NNI made must be what was asked for, and a plain CNN of ours: rebuild it as one.
     widths = pruned_widths(model.widths, sparsity)
@@ -1116,12 +1141,12 @@ def checked_row(values: dict) -> Row:
     if row.kind not in ("baseline", "pruned", "continued", "scratch"):
         raise ValueError(f"unknown kind {row.kind!r}")
     counts = (row.parameters, row.macs, row.test_images)
-    if not all(type(count) is int and count > 0 for count in counts):
+    if not all(type(count) is int and 0 < count < 10**15 for count in counts):
         raise ValueError(f"{row.kind}: parameters, macs and test_images are not whole numbers")
-    if type(row.seed) is not int or type(row.epochs) is not int:
+    if not all(type(n) is int and 0 <= n < 2**63 for n in (row.seed, row.epochs)):
         raise ValueError(f"{row.kind}: seed and epochs are not whole numbers")
     numbers = [row.accuracy, row.accuracy_before, row.training_seconds, row.sparsity]
-    if not all(n is None or (type(n) in (int, float) and 0 <= n < math.inf) for n in numbers):
+    if not all(n is None or (type(n) in (int, float) and 0 <= n < 1e15) for n in numbers):
         raise ValueError(f"{row.kind}: a measured value is not a number of 0 or more")
     if row.accuracy is None or row.accuracy > 100:
         raise ValueError(f"{row.kind}: the accuracy is not in percent")
@@ -1267,6 +1292,8 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--verbose", action="store_true", help="let NNI's own messages through (default: silent)")
     options = parser.parse_args(argv)
+    if [] in vars(options).values():  # what argparse makes of --lr=--
+        parser.error("'--' is not a value of an option")
     for name in ("seeds", "pruner", "sparsity"):  # said twice is meant once
         setattr(options, name, list(dict.fromkeys(getattr(options, name))))
 
@@ -1344,7 +1371,11 @@ def hardware() -> dict[str, str | int | None]:
     with contextlib.suppress(OSError, StopIteration):  # Linux says more here
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line for line in lines if line.startswith("model name")).split(": ", 1)[1]
-    return {"cpu": name, "cores": os.cpu_count(), "system": platform.platform()}
+    return {
+        "cpu": name,
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.release()}",
+    }
 
 
 def device_name(device: str) -> str:
