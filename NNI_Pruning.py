@@ -813,10 +813,10 @@ def judge(
 ) -> Verdict | None:
     """Is `ours` better than `theirs` less `tolerance`? Accuracies in percent, by seed.
 
-    "yes" where the whole interval lies above -tolerance, "no" where all of it lies below. With
-    several seeds the interval is Student's t over the paired differences; with one, it is the
-    normal approximation for two independent binomial proportions of `images` images each.
-    None where the two have no seed in common.
+    "yes" where the whole 95 % interval lies above -tolerance, "no" where all of it lies below.
+    With several seeds the interval is Student's t over the paired differences; with one, it is
+    Newcombe's (1998) for the difference of two binomial proportions of `images` images each,
+    which stays honest near 100 %. None where the two have no seed in common.
     """
     from scipy import stats  # slow to import, and needed at the end only
 
@@ -827,12 +827,17 @@ def judge(
     difference = statistics.mean(differences)
     if len(seeds) > 1:
         error = statistics.stdev(differences) / math.sqrt(len(seeds))
-        reach = error * stats.t.ppf(0.975, len(seeds) - 1)
+        below = above = error * stats.t.ppf(0.975, len(seeds) - 1)
     else:
         (seed,) = seeds
-        errors = [binomial_error(accuracy[seed], images) for accuracy in (ours, theirs)]
-        reach = math.hypot(*errors) * stats.norm.ppf(0.975)
-    low, high = float(difference - reach), float(difference + reach)
+        a, b = ours[seed], theirs[seed]
+        (a_low, a_high), (b_low, b_high) = (
+            stats.binomtest(round(accuracy * images / 100), images).proportion_ci(method="wilson")
+            for accuracy in (a, b)
+        )
+        below = math.hypot(a - 100 * a_low, 100 * b_high - b)
+        above = math.hypot(100 * a_high - a, b - 100 * b_low)
+    low, high = float(difference - below), float(difference + above)
     answer = "yes" if low > -tolerance else "no" if high < -tolerance else "cannot tell"
     return Verdict(claim, answer, difference, low, high, len(seeds))
 

@@ -77,12 +77,20 @@ def test_only_common_seeds_count():
 
 
 def test_one_seed_uses_the_binomial_error_and_says_so():
-    # sqrt(90 * 10 / 100) = 3 for each of the two; 1.959964 * sqrt(2) * 3 = 8.3154
+    # Wilson's interval of 90 of 100 by hand: 82.5637 to 94.4773; sqrt(7.4363² + 4.4773²) = 8.6801
     verdict = script.judge("", {0: 90.0}, {0: 90.0}, images=100)
-    assert verdict.high == pytest.approx(8.3154, abs=1e-3)
-    assert verdict.low == pytest.approx(-8.3154, abs=1e-3)
+    assert verdict.high == pytest.approx(8.6801, abs=1e-3)
+    assert verdict.low == pytest.approx(-8.6801, abs=1e-3)
     rows = rows_of({"baseline": [99.5], "L1NormPruner_0.5": [99.4], "FPGMPruner_0.5": [99.4]})
     assert "binomial" in script.report(rows)
+
+
+def test_all_right_on_few_images_proves_little():
+    # 360 of 360 against 360 of 360: the plain binomial error is 0, and would say "yes".
+    verdict = script.judge("", {0: 100.0}, {0: 100.0}, images=360, tolerance=0.1)
+    assert verdict.answer == "cannot tell"
+    # Wilson's lower end of n of n is n / (n + z²): 1 - 360 / 363.8415 = 1.0558 %
+    assert verdict.low == pytest.approx(-1.0558, abs=1e-3)
 
 
 def test_noise_gives_cannot_tell():
