@@ -832,8 +832,8 @@ def judge(
         (seed,) = seeds
         a, b = ours[seed], theirs[seed]
         (a_low, a_high), (b_low, b_high) = (
-            stats.binomtest(round(accuracy * images / 100), images).proportion_ci(method="wilson")
-            for accuracy in (a, b)
+            stats.binomtest(right, images).proportion_ci(method="wilson")
+            for right in (min(round(accuracy * images / 100), images) for accuracy in (a, b))
         )
         below = math.hypot(a - 100 * a_low, 100 * b_high - b)
         above = math.hypot(100 * a_high - a, b - 100 * b_low)
