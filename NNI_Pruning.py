@@ -780,7 +780,7 @@ def by_name(rows: list[Row]) -> dict[str, dict[int, Row]]:
     return table
 
 
-def accuracies(rows: list[Row], kind: str, sparsity: float, pruner: str | None = None, epochs=None):
+def accuracies(rows: list[Row], kind: str, sparsity=None, pruner=None, epochs=None):
     """{seed: accuracy}, the mean of the rows that match."""
     found: dict[int, list[float]] = {}
     for row in rows:
@@ -844,8 +844,7 @@ def judge(
 
 def verdicts(rows: list[Row]) -> list[Verdict]:
     """The experiment's questions, as far as the rows can answer them."""
-    baseline = {row.seed: row.accuracy for row in rows if row.kind == "baseline"}
-    continued = {row.seed: row.accuracy for row in rows if row.kind == "continued"}
+    baseline, continued = (accuracies(rows, kind) for kind in ("baseline", "continued"))
     images = min(row.test_images for row in rows)
     sparsities = list(dict.fromkeys(row.sparsity for row in rows if row.kind == "pruned"))
     held = f"accuracy holds (falls by less than {TOLERANCE:.2f} pp)"
@@ -1392,18 +1391,15 @@ def device_name(device: str) -> str:
     return f"CPU, {torch.get_num_threads()} threads" if device == "cpu" else device.upper()
 
 
-def check_baseline(path: Path, widths: tuple[int, ...], dataset: str | None = None) -> None:
-    """ExperimentError if a --baseline file is unfit to be pruned in this run."""
+def check_baseline(path: Path, widths: tuple[int, ...]) -> str | None:
+    """The data set that a --baseline file was trained on; ExperimentError if it is unfit."""
     model, what = load_checkpoint(path)
     if model.widths != widths:
         raise ExperimentError(
             f"--baseline {path} has layer widths {model.widths}, where {widths} are expected;"
             " choose an unpruned model, and the --width that it was trained with"
         )
-    if dataset not in (None, what.get("dataset")):
-        raise ExperimentError(
-            f"--baseline {path} was trained on {what.get('dataset')}, and this run is on {dataset}"
-        )
+    return what.get("dataset")
 
 
 def main(argv: list[str] | None = None) -> list[Row]:
@@ -1468,11 +1464,14 @@ def run_job(job: Job, data: Data, baseline: Path, options, after_epoch) -> tuple
 def experiment(options: argparse.Namespace, folder: Path, trial: bool) -> list[Row]:
     """Run the jobs of every seed, one after the other; save models and results as they come."""
     widths = scaled_widths(options.width)
-    if options.baseline:
-        check_baseline(options.baseline, widths)  # found out before the data is loaded
+    if options.baseline:  # an unfit one is found out before the data is loaded
+        trained_on = check_baseline(options.baseline, widths)
     data = load_data(options.dataset, options.data_dir, options.subset, options.device)
-    if options.baseline:
-        check_baseline(options.baseline, widths, data.name)
+    if options.baseline and trained_on != data.name:
+        raise ExperimentError(
+            f"--baseline {options.baseline} was trained on {trained_on},"
+            f" and this run is on {data.name}"
+        )
     epochs = options.epochs or EPOCHS[data.name]
     finetune_epochs = options.finetune_epochs or epochs
     jobs = [

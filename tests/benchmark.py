@@ -70,21 +70,22 @@ def stock_epoch(data_dir: Path, size: int, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def epoch(data: script.Data, factor: float, sparsity: float, images: int | None = None) -> float:
-    """Seconds of one epoch of the script's training at a width factor and a channel sparsity."""
+def trained(
+    data: script.Data, widths: tuple[int, ...], epochs: int = 1, images: int | None = None
+) -> tuple[script.CNN, float]:
+    """A model trained by the script from random weights, and the seconds that this took."""
     torch.manual_seed(0)
-    widths = script.pruned_widths(script.scaled_widths(factor), sparsity)
     model = script.CNN(widths).to(data.train_images.device)
     training = script.train(
         model,
         data.train_images[:images],
         data.train_labels[:images],
-        epochs=1,
+        epochs=epochs,
         lr=script.LEARNING_RATE,
         batch_size=script.BATCH_SIZE["mnist"],
         seed=0,
     )
-    return training.seconds
+    return model, training.seconds
 
 
 def inference(data: script.Data, sparsity: float, batch_size: int = 1000) -> float:
@@ -105,21 +106,11 @@ def inference(data: script.Data, sparsity: float, batch_size: int = 1000) -> flo
 def time_to_goal(data: script.Data, longest: int = 4) -> tuple[float, str]:
     """Training seconds of the shortest schedule (in whole epochs) whose model reaches GOAL."""
     for epochs in range(1, longest + 1):
-        torch.manual_seed(0)
-        model = script.CNN().to(data.train_images.device)
-        training = script.train(
-            model,
-            data.train_images,
-            data.train_labels,
-            epochs=epochs,
-            lr=script.LEARNING_RATE,
-            batch_size=script.BATCH_SIZE["mnist"],
-            seed=0,
-        )
+        model, seconds = trained(data, script.WIDTHS, epochs)
         accuracy = script.evaluate(model, data.test_images, data.test_labels)
         if accuracy >= GOAL:
             break
-    return training.seconds, f"{accuracy:.2f} % after {script.epochs_of(epochs)}"
+    return seconds, f"{accuracy:.2f} % after {script.epochs_of(epochs)}"
 
 
 def matrix_product_rate(device: torch.device, size: int = 2048) -> float:
@@ -147,11 +138,11 @@ def main() -> None:
     data = script.load_data("mnist", options.data_dir, 6000 if options.quick else None, device)
     images = len(data.train_labels)
 
-    def trained(factor: float, sparsity: float, share: int = 1):
+    def an_epoch(factor: float, sparsity: float, share: int = 1):
         widths = script.pruned_widths(script.scaled_widths(factor), sparsity)
         # Forward, and backward to the input and to the weights: three times two FLOPs a MAC.
         flops = 6 * script.count_macs(script.CNN(widths)) * (images // share)
-        return lambda: epoch(data, factor, sparsity, images // share), flops
+        return lambda: trained(data, widths, 1, images // share)[1], flops
 
     def classified(sparsity: float):
         macs = script.count_macs(script.CNN(script.pruned_widths(script.WIDTHS, sparsity)))
@@ -160,20 +151,20 @@ def main() -> None:
     stock, ours, smaller = "stock recipe, one epoch", "our epoch: baseline", "our epoch: {}".format
     cases = {
         stock: (lambda: stock_epoch(options.data_dir, images, device), None),
-        ours: trained(1, 0),
-        smaller(0.5): trained(1, 0.5),
-        smaller(0.75): trained(1, 0.75),
-        "baseline, 1/4 of the images": trained(1, 0, 4),
-        "baseline, 1/2 of the images": trained(1, 0, 2),
-        "baseline, 1/4 of the images, width × 2": trained(2, 0, 4),
-        "baseline, 1/4 of the images, width × 4": trained(4, 0, 4),
+        ours: an_epoch(1, 0),
+        smaller(0.5): an_epoch(1, 0.5),
+        smaller(0.75): an_epoch(1, 0.75),
+        "baseline, 1/4 of the images": an_epoch(1, 0, 4),
+        "baseline, 1/2 of the images": an_epoch(1, 0, 2),
+        "baseline, 1/4 of the images, width × 2": an_epoch(2, 0, 4),
+        "baseline, 1/4 of the images, width × 4": an_epoch(4, 0, 4),
         "inference: baseline": classified(0),
         "inference: 0.5": classified(0.5),
         "inference: 0.75": classified(0.75),
     }
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     reached = []
-    epoch(data, 1, 0, 512)  # the first steps pay for what later ones find ready
+    trained(data, script.WIDTHS, 1, 512)  # the first steps pay for what later ones find ready
     for repeat in range(1 if options.quick else options.repeats):
         for name, (measure, _) in cases.items():
             seconds[name].append(measure())

@@ -281,7 +281,7 @@ def given(tmp_path) -> Path:
     """A sound --baseline file for QUICK, to be spoilt."""
     path = tmp_path / "given.pth"
     script.save_model(path, script.CNN(WIDTHS), dataset="digits")
-    script.check_baseline(path, WIDTHS, "digits")  # unspoilt, it would be accepted
+    assert script.check_baseline(path, WIDTHS) == "digits"  # unspoilt, it would be accepted
     return path
 
 
