@@ -690,7 +690,8 @@ def test_a_model_that_unpacks_to_a_thousand_times_its_size(farm, tmp_path):
     path = tmp_path / "bomb.pth"
     buffer = io.BytesIO()
     small = torch.zeros(64, dtype=torch.uint8)
-    torch.save({"format": 1, "widths": [1] * 4, "state_dict": {}, "more": small}, buffer)
+    content = {"format": script.CHECKPOINT_FORMAT, "widths": [1] * 4, "state_dict": {}}
+    torch.save({**content, "more": small}, buffer)
     with (
         zipfile.ZipFile(buffer) as plain,
         zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed,

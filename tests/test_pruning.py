@@ -1,6 +1,8 @@
 """Pruning against oracles of its own: norms, zeroed channels and arithmetic."""
 
+import platform
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,8 +71,8 @@ def test_compact_model_equals_the_original_with_channels_zeroed(pruner, sparsity
         for name, channels in kept.items():
             gone = torch.ones(getattr(model, name).weight.shape[0], dtype=torch.bool)
             gone[channels] = False
-            layers = [name, name.replace("conv", "norm")] if "conv" in name else [name]
-            for layer in map(model.get_submodule, layers):
+            norm = getattr(model, name.replace("conv", "norm"), None)
+            for layer in filter(None, dict.fromkeys((getattr(model, name), norm))):
                 layer.weight[gone] = 0
                 if layer.bias is not None:
                     layer.bias[gone] = 0
@@ -93,7 +95,7 @@ def test_parameters_and_macs_by_arithmetic(sparsity, factor):
         assert min(c1, c2, c3, h) >= 1
     convolutions = 5 * 5 * c1, 3 * 3 * c1 * c2, 3 * 3 * c2 * c3
     linear = c3 * 2 * 2 * h, h * 10
-    norms_and_biases = 2 * (c1 + c2 + c3) + h + 10
+    norms_and_biases = c1 + 2 * (c2 + c3) + h + 10
     assert model.widths == (c1, c2, c3, h)
     assert script.count_parameters(model) == sum(convolutions) + sum(linear) + norms_and_biases
     positions = 12 * 12, 10 * 10, 5 * 5
@@ -130,11 +132,39 @@ def test_pruning_a_saved_baseline_leaves_its_file_alone(tmp_path):
 def test_fine_tuning_a_compact_model_trains_all_of_it():
     compact = script.prune(random_model(script.WIDTHS), "L1NormPruner", 0.5)
     before = {name: value.clone() for name, value in compact.named_parameters()}
-    side = 28 + 2 * script.MAX_SHIFT
-    images = torch.randint(256, (64, side, side), dtype=torch.uint8)
-    labels = torch.arange(64) % 10
+    images, labels = padded_images(64)
     script.train(compact, images, labels, epochs=1, lr=0.01, batch_size=32, seed=0)
     assert not any(value.equal(before[name]) for name, value in compact.named_parameters())
+
+
+def padded_images(number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Training images of noise, padded as Data has them, and labels."""
+    side = 28 + 2 * script.MAX_SHIFT
+    return torch.randint(256, (number, side, side), dtype=torch.uint8), torch.arange(number) % 10
+
+
+@pytest.mark.parametrize("in_hardware", [True, False])
+def test_only_training_computes_in_bfloat16_and_only_in_hardware(in_hardware, monkeypatch):
+    monkeypatch.setattr(script, "computes_bfloat16", lambda device: in_hardware)
+    model, seen = script.CNN((8, 8, 8, 8)), []
+    for layer in (model.conv2, model.hidden):
+        layer.register_forward_hook(lambda layer, inputs, output: seen.append(output.dtype))
+    images, labels = padded_images(64)
+    script.train(model, images, labels, epochs=1, lr=0.01, batch_size=32, seed=0)
+    assert set(seen) == {torch.bfloat16 if in_hardware else torch.float32}
+    assert all(value.dtype == torch.float32 for value in model.parameters())
+    seen.clear()
+    script.evaluate(model, images[:, 1:29, 1:29], labels)
+    assert set(seen) == {torch.float32}
+
+
+@pytest.mark.skipif(
+    (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="Linux's flags of x86"
+)
+def test_bfloat16_is_found_where_the_system_lists_it():
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    found = script.computes_bfloat16(torch.device("cpu"))
+    assert found == bool(flags & {"avx512_bf16", "amx_bf16"})
 
 
 def test_training_order_is_shuffled_every_epoch_and_test_order_never(monkeypatch):
