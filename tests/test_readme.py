@@ -1,6 +1,7 @@
 """The README against the script: what it promises must be what is there."""
 
 import dataclasses
+import functools
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from conftest import ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+@functools.cache
 def help_text() -> str:
     command = [sys.executable, script.__file__, "--help"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
