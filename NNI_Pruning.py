@@ -390,13 +390,10 @@ def load_mnist(data_dir: Path):
     raw = data_dir / "MNIST" / "raw"  # where torchvision.datasets.MNIST(data_dir) has them, too
     if not all((raw / name).is_file() for name in MNIST_FILES):
         download_mnist(raw)
+    items = {name: read_idx(raw / name, dimensions) for name, dimensions in MNIST_FILES.items()}
     parts = []
     for part in ("train", "t10k"):
-        images, labels = (
-            read_idx(raw / name, dimensions)
-            for name, dimensions in MNIST_FILES.items()
-            if name.startswith(part)
-        )
+        images, labels = items[f"{part}-images-idx3-ubyte"], items[f"{part}-labels-idx1-ubyte"]
         if len(images) != len(labels):
             raise ExperimentError(
                 f"{raw}: not as many labels as images; delete the files, run again"
@@ -585,8 +582,8 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=device.type != "mps")
     steps = math.ceil(len(images) / batch_size)
-    mixed = torch.autocast(device.type, torch.bfloat16, enabled=computes_bfloat16(device))
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps)
+    mixed = torch.autocast(device.type, torch.bfloat16, enabled=computes_bfloat16(device))
     training = Training()
     for epoch in range(1, epochs + 1):
         model.train()

@@ -110,8 +110,8 @@ def time_to_goal(data: script.Data) -> tuple[float, str]:
     on all of them; then two epochs, three, four.
     """
     images = len(data.train_labels)
-    parts = [(1, share / 8) for share in range(3, 8)]
-    for epochs, share in (*parts, (1, 1), (2, 1), (3, 1), (4, 1)):
+    parts = [(1, eighths / 8) for eighths in range(3, 9)]
+    for epochs, share in (*parts, (2, 1), (3, 1), (4, 1)):
         model, seconds = trained(data, script.WIDTHS, epochs, int(images * share))
         accuracy = script.evaluate(model, data.test_images, data.test_labels)
         if accuracy >= GOAL:

@@ -10,6 +10,7 @@ import torch
 import NNI_Pruning as script
 
 CASES = list(product(script.PRUNERS, (0.1, 0.5, 0.75, 0.99), (script.WIDTHS, (7, 12, 10, 5))))
+PADDED = 28 + 2 * script.MAX_SHIFT  # side of a training image
 
 
 def random_model(widths) -> script.CNN:
@@ -20,6 +21,12 @@ def random_model(widths) -> script.CNN:
         if "norm" in name and value.is_floating_point():
             value.copy_(torch.rand(value.shape) + 0.5)
     return model.eval()
+
+
+def padded_images(number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Training images of noise, padded as Data has them, and labels."""
+    images = torch.randint(256, (number, PADDED, PADDED), dtype=torch.uint8)
+    return images, torch.arange(number) % 10
 
 
 def l1_score(weight):
@@ -71,8 +78,8 @@ def test_compact_model_equals_the_original_with_channels_zeroed(pruner, sparsity
         for name, channels in kept.items():
             gone = torch.ones(getattr(model, name).weight.shape[0], dtype=torch.bool)
             gone[channels] = False
-            norm = getattr(model, name.replace("conv", "norm"), None)
-            for layer in filter(None, dict.fromkeys((getattr(model, name), norm))):
+            with_its_norm = {name, name.replace("conv", "norm")}  # conv1 and hidden have none
+            for layer in (layer for at, layer in model.named_children() if at in with_its_norm):
                 layer.weight[gone] = 0
                 if layer.bias is not None:
                     layer.bias[gone] = 0
@@ -137,12 +144,6 @@ def test_fine_tuning_a_compact_model_trains_all_of_it():
     assert not any(value.equal(before[name]) for name, value in compact.named_parameters())
 
 
-def padded_images(number: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Training images of noise, padded as Data has them, and labels."""
-    side = 28 + 2 * script.MAX_SHIFT
-    return torch.randint(256, (number, side, side), dtype=torch.uint8), torch.arange(number) % 10
-
-
 @pytest.mark.parametrize("in_hardware", [True, False])
 def test_only_training_computes_in_bfloat16_and_only_in_hardware(in_hardware, monkeypatch):
     monkeypatch.setattr(script, "computes_bfloat16", lambda device: in_hardware)
@@ -181,8 +182,7 @@ def test_training_order_is_shuffled_every_epoch_and_test_order_never(monkeypatch
             self.seen += (pixels * 255).round().int().tolist()
             return images[:, 0, :1, 0] * 0 + self.weight
 
-    side = 28 + 2 * script.MAX_SHIFT
-    images = torch.arange(40, dtype=torch.uint8)[:, None, None].expand(40, side, side)
+    images = torch.arange(40, dtype=torch.uint8)[:, None, None].expand(40, PADDED, PADDED)
     labels = torch.arange(40) % 10
     spy = Spy()
     script.train(spy, images, labels, epochs=2, lr=0.01, batch_size=16, seed=0)
