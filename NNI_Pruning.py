@@ -18,6 +18,7 @@ pruning; jobs, statistics, report, result files; options, NNI trial, main.
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import copy
 import csv
@@ -34,6 +35,7 @@ import shutil
 import socket
 import statistics
 import sys
+import sysconfig
 import tempfile
 import time
 import warnings
@@ -647,6 +649,33 @@ def silence():
         yield
 
 
+def import_nni():
+    """NNI, its pruners and ModelSpeedup; its imports warn of what only concerns itself.
+
+    Raises:
+        ExperimentError: NNI is not installed.
+    """
+    with silence():
+        # NNI 3.0, its last release, requires a typeguard (< 4.1.3) that imports ast.Str, which
+        # Python 3.14 removed, and never uses it. Goes when NNI admits a newer typeguard.
+        if not hasattr(ast, "Str"):
+            ast.Str = ast.Constant
+        try:
+            import nni
+            from nni.compression import pruning
+            from nni.compression.speedup import ModelSpeedup
+        except ModuleNotFoundError as error:
+            if error.name != "nni":
+                raise
+            raise ExperimentError(
+                "NNI is not installed. On Apple silicon and ARM Linux, which it has no wheel for:"
+                f" {sys.executable} -m pip install nni==3.0 --no-deps --only-binary :all:"
+                f" --platform macosx_10_9_x86_64 --target {sysconfig.get_path('purelib')};"
+                f" then, and elsewhere: {sys.executable} -m pip install -r requirements.txt"
+            ) from error
+    return nni, pruning, ModelSpeedup
+
+
 def prune(model: CNN, pruner: str, sparsity: float, verbose: bool = False) -> CNN:
     """A really smaller copy of `model`: the share `sparsity` of each layer's channels is gone.
 
@@ -664,10 +693,8 @@ def prune(model: CNN, pruner: str, sparsity: float, verbose: bool = False) -> CN
         ExperimentError: a layer would lose all its channels, or NNI has no room for its files.
     """
     problem = None
+    nni, pruning, ModelSpeedup = import_nni()
     with contextlib.nullcontext() if verbose else silence():
-        import nni
-        from nni.compression import pruning
-        from nni.compression.speedup import ModelSpeedup
         from nni.compression.speedup.error_code import EmptyLayerError
 
         if not verbose:
@@ -1341,8 +1368,7 @@ def trial_arguments() -> list[str]:
     """
     if "NNI_PLATFORM" not in os.environ:
         return []
-    import nni
-
+    nni, *_ = import_nni()
     arguments = []
     for name, value in (nni.get_next_parameter() or {}).items():
         values = value if isinstance(value, list | tuple) else [value]
@@ -1355,15 +1381,12 @@ def report_epoch(training: Training) -> None:
 
     Not on the test images: an assessor that stops trials early would choose by them.
     """
-    import nni
-
-    nni.report_intermediate_result(training.accuracies[-1])
+    import_nni()[0].report_intermediate_result(training.accuracies[-1])
 
 
 def report_to_experiment(rows: list[Row]) -> None:
     """The trial's final result: accuracy, and all that --report needs for the table."""
-    import nni
-
+    nni, *_ = import_nni()
     row = rows[-1]
     nni.report_final_result(
         {
@@ -1434,6 +1457,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
         draw(rows, options.checkpoint_dir / "results.png")
         put(report(rows), sys.stdout)
         return rows
+    import_nni()  # missing, it is said before anything is trained
     folder, trial = options.checkpoint_dir, "NNI_PLATFORM" in os.environ
     if trial:
         if (len(options.pruner), len(options.sparsity), len(options.seeds)) != (1, 1, 1):

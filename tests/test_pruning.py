@@ -1,6 +1,8 @@
 """Pruning against oracles of its own: norms, zeroed channels and arithmetic."""
 
 import platform
+import subprocess
+import sys
 from itertools import product
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 import torch
 
 import NNI_Pruning as script
+from conftest import ROOT
 
 CASES = list(product(script.PRUNERS, (0.1, 0.5, 0.75, 0.99), (script.WIDTHS, (7, 12, 10, 5))))
 PADDED = 28 + 2 * script.MAX_SHIFT  # side of a training image
@@ -202,3 +205,47 @@ def test_cuda_trains_and_agrees_with_the_cpu(tmp_path):
     with torch.no_grad():
         expected = model(images)
         assert (model.cuda()(images.cuda()).cpu() - expected).abs().max() < 1e-2
+
+
+# ------------------------------------------------------------------------------ Python 3.14
+
+# Python 3.14 took these names from ast; the typeguard that NNI pins imports one of them.
+OLD_NAMES = "Str", "Num", "Bytes", "NameConstant", "Ellipsis"
+AS_ON_3_14 = f"""
+import ast, runpy, sys, warnings
+warnings.simplefilter("ignore")
+for name in {OLD_NAMES}:
+    if hasattr(ast, name):
+        delattr(ast, name)
+if hasattr(ast, "__getattr__"):  # 3.12 and 3.13 make them when they are asked for
+    del ast.__getattr__
+"""
+
+
+@pytest.fixture
+def python_3_14(tmp_path):
+    """Run Python code in a process, after AS_ON_3_14."""
+
+    def start(code: str):
+        command = [sys.executable, "-c", AS_ON_3_14 + code]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+
+    return start
+
+
+def test_nni_cannot_be_imported_without_the_names(python_3_14):
+    assert "cannot import name 'Str' from 'ast'" in python_3_14("import nni").stderr
+
+
+def test_the_script_runs_without_the_names(python_3_14, tmp_path):
+    options = "--dataset digits --subset 400 --epochs 1 --width 0.1 --pruner FPGMPruner".split()
+    code = f"sys.argv[1:] = {options}\nrunpy.run_path({script.__file__!r}, run_name='__main__')"
+    process = python_3_14(code)
+    assert process.returncode == 0, process.stderr
+    assert "FPGMPruner 0.75" in process.stdout
+
+
+def test_pytest_starts_without_the_names(python_3_14):
+    arguments = ["-c", str(ROOT / ".pytest.ini"), "--version"]
+    process = python_3_14(f"import pytest\nsys.exit(pytest.main({arguments}))")
+    assert process.returncode == 0, process.stderr
