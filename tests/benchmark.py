@@ -1,6 +1,6 @@
 """How fast is the script? Against the stock recipe, and against what the machine can do.
 
-    python tests/benchmark.py            # real MNIST in data/, about four minutes on two cores
+    python tests/benchmark.py            # real MNIST in data/, some minutes on two cores
     python tests/benchmark.py --quick    # a subset: a look at the table, not at its figures
 
 Everything runs in one process, interleaved, `--repeats` times; the table gives medians. Nothing
@@ -15,6 +15,7 @@ import argparse
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,96 +31,72 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import NNI_Pruning as script
 
 GOAL = 99.0  # % of the test images, for "time to"
+RECIPE = {"lr": script.LEARNING_RATE, "batch_size": script.BATCH_SIZE["mnist"], "seed": 0}
 
 
-class StockNet(nn.Sequential):
-    def __init__(self) -> None:
-        super().__init__(
-            nn.Conv2d(1, 32, 3),
-            nn.ReLU(),
-            nn.Conv2d(32, 64, 3),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Dropout(0.25),
-            nn.Flatten(),
-            nn.Linear(9216, 128),
-            nn.ReLU(),
-            nn.Dropout(0.5),
-            nn.Linear(128, 10),
-            nn.LogSoftmax(dim=1),
-        )
+def seconds_of(work, device: str) -> float:
+    synchronize = torch.accelerator.synchronize if device != "cpu" else lambda: None
+    synchronize()  # a clock tells the truth only once the device has done what it was given
+    start = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - start
 
 
-def stock_epoch(data_dir: Path, size: int, device: torch.device) -> float:
+def stock_epoch(data_dir: Path, size: int, device: str) -> float:
     """Seconds of the first epoch of the stock recipe on so many images."""
     torch.manual_seed(0)
     steps = [transforms.ToTensor(), transforms.Normalize((script.MEAN,), (script.DEVIATION,))]
     dataset = MNIST(data_dir, train=True, transform=transforms.Compose(steps))
     loader = DataLoader(Subset(dataset, range(size)), batch_size=64, shuffle=True)
-    model = StockNet().to(device)
+    convolutions = nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2)
+    linear = nn.Linear(9216, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 10)
+    layers = *convolutions, nn.Dropout(0.25), nn.Flatten(), *linear, nn.LogSoftmax(dim=1)
+    model = nn.Sequential(*layers).to(device)
     optimizer = torch.optim.Adadelta(model.parameters(), lr=1.0)
-    model.train()
-    script.synchronize(device)
-    start = time.perf_counter()
-    for images, labels in loader:
-        batch, target = images.to(device), labels.to(device)
-        optimizer.zero_grad()
-        F.nll_loss(model(batch), target).backward()
-        optimizer.step()
-    script.synchronize(device)
-    return time.perf_counter() - start
+
+    def epoch():
+        for images, labels in loader:
+            batch, target = images.to(device), labels.to(device)
+            optimizer.zero_grad()
+            F.nll_loss(model(batch), target).backward()
+            optimizer.step()
+
+    return seconds_of(epoch, device)
 
 
-def trained(
-    data: script.Data, widths: tuple[int, ...], epochs: int = 1, images: int | None = None
-) -> tuple[script.CNN, float]:
-    """A model trained by the script from random weights, and the seconds that this took."""
+def new_model(sparsity: float, device: str) -> script.CNN:
+    """The script's CNN with random weights, as narrow as after pruning."""
     torch.manual_seed(0)
-    model = script.CNN(widths).to(data.train_images.device)
-    training = script.train(
-        model,
-        data.train_images[:images],
-        data.train_labels[:images],
-        epochs=epochs,
-        lr=script.LEARNING_RATE,
-        batch_size=script.BATCH_SIZE["mnist"],
-        seed=0,
-    )
-    return model, training.seconds
+    widths = tuple(round(width * (1 - sparsity)) for width in script.WIDTHS)
+    return script.CNN(widths).to(device, memory_format=torch.channels_last)
 
 
-def inference(data: script.Data, sparsity: float, batch_size: int = 1000) -> float:
-    """Seconds to classify all test images."""
-    model = script.CNN(script.pruned_widths(script.WIDTHS, sparsity))
-    model = model.to(data.test_images.device).eval()
-    batches = script.normalised(data.test_images).split(batch_size)
+def inference(model: script.CNN, images: torch.Tensor) -> float:
+    """Seconds to classify all images, in float32."""
+    batches = script.normalised(images).split(1000)
+    model.eval()
     with torch.inference_mode():
         model(batches[0])
-        script.synchronize(data.test_images.device)
-        start = time.perf_counter()
-        for batch in batches:
-            model(batch)
-        script.synchronize(data.test_images.device)
-    return time.perf_counter() - start
+        return seconds_of(lambda: [model(batch) for batch in batches], images.device.type)
 
 
-def time_to_goal(data: script.Data) -> tuple[float, str]:
+def time_to_goal(training, testing) -> tuple[float, str]:
     """Training seconds of the shortest schedule whose model reaches GOAL.
 
     Each is a training of its own, annealed to its end: an epoch on 3/8 of the images, on 4/8, ...,
     on all of them; then two epochs, three, four.
     """
-    images = len(data.train_labels)
-    parts = [(1, eighths / 8) for eighths in range(3, 9)]
-    for epochs, share in (*parts, (2, 1), (3, 1), (4, 1)):
-        model, seconds = trained(data, script.WIDTHS, epochs, int(images * share))
-        accuracy = script.evaluate(model, data.test_images, data.test_labels)
-        if accuracy >= GOAL:
+    for epochs in (3 / 8, 4 / 8, 5 / 8, 6 / 8, 7 / 8, 1, 2, 3, 4):
+        part = [values[: int(len(values) * min(epochs, 1))] for values in training]
+        model = new_model(0, training[0].device.type)
+        seconds = script.train(model, *part, epochs=max(1, int(epochs)), **RECIPE)
+        if (accuracy := script.evaluate(model, *testing)) >= GOAL:
             break
-    return seconds, f"{accuracy:.2f} % after {epochs * share:g} epochs"
+    return seconds, f"{accuracy:.2f} % after {epochs:g} epochs"
 
 
-def matrix_product_rate(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
+def product_rate(dtype: torch.dtype, device: str, size: int = 2048) -> float:
     """The machine's own GFLOP/s in products of square matrices, the best of several.
 
     Also as the 1 x 1 convolution that is the same product: on a CPU torch gives matrices to MKL and
@@ -127,90 +104,71 @@ def matrix_product_rate(device: torch.device, dtype: torch.dtype, size: int = 20
     """
     a, b = torch.rand(2, size, size, device=device).to(dtype)
     pixels = a.view(1, 32, size // 32, size).permute(0, 3, 1, 2)
-    best = float("inf")
-    for product in (lambda: a @ b, lambda: F.conv2d(pixels, b[:, :, None, None])):
-        for _ in range(10):
-            script.synchronize(device)
-            start = time.perf_counter()
-            product()
-            script.synchronize(device)
-            best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best / 1e9
+    products = (lambda: a @ b, lambda: F.conv2d(pixels, b[:, :, None, None]))
+    return 2e-9 * size**3 / min(seconds_of(work, device) for work in products * 10)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--data-dir", type=Path, default=Path("data"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=3)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("--data-dir", type=Path, default="data", help="where MNIST is; data")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help=f"torch's name of it; here {device}")
+    parser.add_argument("--repeats", type=int, default=3, help="of each measurement; 3")
     parser.add_argument("--quick", action="store_true", help="6,000 images, one repeat")
-    options = parser.parse_args()
-    device = torch.device(options.device)
-    script.keep_freed_memory()
-    data = script.load_data("mnist", options.data_dir, 6000 if options.quick else None, device)
-    images = len(data.train_labels)
+    args = parser.parse_args()
+    device, repeats = args.device, 1 if args.quick else args.repeats
+    _, *data = script.load_data("mnist", args.data_dir, 6000 if args.quick else None)
+    training, testing = ([values.to(device) for values in pair] for pair in data)
+    images, epochs = len(training[1]), script.EPOCHS["mnist"]
+    bfloat16 = script.computes_bfloat16(torch.device(device))
 
-    def an_epoch(factor: float, sparsity: float, share: int = 1):
-        widths = script.pruned_widths(script.scaled_widths(factor), sparsity)
+    def our_epoch(sparsity: float) -> float:
+        return script.train(new_model(sparsity, device), *training, epochs=1, **RECIPE)
+
+    stock, ours, classified = (
+        "stock recipe, one epoch",
+        "our epoch: baseline",
+        "inference: baseline",
+    )
+    names = {0: "baseline"} | {sparsity: str(sparsity) for sparsity in script.SPARSITIES}
+    macs = {sparsity: script.count_macs(new_model(sparsity, device)) for sparsity in names}
+    cases = {stock: (partial(stock_epoch, args.data_dir, images, device), 0)}  # (measure, FLOPs)
+    for sparsity, name in names.items():
         # Forward, and backward to the input and to the weights: three times two FLOPs a MAC.
-        flops = 6 * script.count_macs(script.CNN(widths)) * (images // share)
-        return lambda: trained(data, widths, 1, images // share)[1], flops
+        cases[f"our epoch: {name}"] = partial(our_epoch, sparsity), 6 * macs[sparsity] * images
+    for sparsity, name in names.items():
+        work = partial(inference, new_model(sparsity, device), testing[0])
+        cases[f"inference: {name}"] = work, 2 * macs[sparsity] * len(testing[1])
 
-    def classified(sparsity: float):
-        macs = script.count_macs(script.CNN(script.pruned_widths(script.WIDTHS, sparsity)))
-        return lambda: inference(data, sparsity), 2 * macs * len(data.test_labels)
-
-    stock, ours, smaller = "stock recipe, one epoch", "our epoch: baseline", "our epoch: {}".format
-    cases = {
-        stock: (lambda: stock_epoch(options.data_dir, images, device), None),
-        ours: an_epoch(1, 0),
-        smaller(0.5): an_epoch(1, 0.5),
-        smaller(0.75): an_epoch(1, 0.75),
-        "baseline, 1/4 of the images": an_epoch(1, 0, 4),
-        "baseline, 1/2 of the images": an_epoch(1, 0, 2),
-        "baseline, 1/4 of the images, width × 2": an_epoch(2, 0, 4),
-        "baseline, 1/4 of the images, width × 4": an_epoch(4, 0, 4),
-        "inference: baseline": classified(0),
-        "inference: 0.5": classified(0.5),
-        "inference: 0.75": classified(0.75),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    reached = []
-    trained(data, script.WIDTHS, 1, 512)  # the first steps pay for what later ones find ready
-    for repeat in range(1 if options.quick else options.repeats):
+    seconds, goals = {name: [] for name in cases}, []
+    our_epoch(0)  # the first steps pay for what later ones find ready
+    for _ in range(repeats):
         for name, (measure, _) in cases.items():
             seconds[name].append(measure())
-            print(f"{repeat + 1}: {name}: {seconds[name][-1]:.2f} s", file=sys.stderr)
-        reached.append(time_to_goal(data))
+        goals.append(time_to_goal(training, testing))
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    goal, how = statistics.median(s for s, _ in reached), reached[0][1]
-    one = median[ours] + 2 * median[smaller(0.5)] + 2 * median[smaller(0.75)]
-    five = f"five trainings of {script.EPOCHS['mnist']} epochs (sum of epochs above)"
-    median |= {five: script.EPOCHS["mnist"] * one, f"to {GOAL:g} %: {how}": goal}
+    pruned = len(script.PRUNERS) * sum(median[f"our epoch: {s}"] for s in script.SPARSITIES)
+    all_five = f"five trainings of {epochs} epochs (sum of epochs above)"
+    median[all_five] = epochs * (median[ours] + pruned)
+    median[f"to {GOAL:g} %: {goals[0][1]}"] = statistics.median(value for value, _ in goals)
 
-    bfloat16 = script.computes_bfloat16(device)
-    product = matrix_product_rate(device, torch.float32)
-    training_product = matrix_product_rate(device, torch.bfloat16) if bfloat16 else product
+    product = product_rate(torch.float32, device)
+    product_trained = product_rate(torch.bfloat16, device) if bfloat16 else product
     lines = []
     for name, value in median.items():
-        flops = cases.get(name, (None, None))[1]
         inferring = name.startswith("inference")  # in float32 everywhere
-        reference = "inference: baseline" if inferring else ours
-        rate = product if inferring else training_product
-        lines.append(
-            (
-                name,
-                f"{value:.2f}",
-                "" if inferring else f"{value / median[stock]:.2f}",
-                f"{value / median[reference]:.2f}",
-                f"{flops / value / 1e9:.0f}" if flops else "",
-                f"{100 * flops / value / 1e9 / rate:.0f}" if flops else "",
-            )
-        )
+        line = [name, f"{value:.2f}", "" if inferring else f"{value / median[stock]:.2f}"]
+        line.append(f"{value / median[classified if inferring else ours]:.2f}")
+        if name in cases and (gflops := cases[name][1] / value / 1e9):
+            share = gflops / (product if inferring else product_trained)
+            line += [f"{gflops:.0f}", f"{100 * share:.0f}"]
+        lines.append(line)
     print(
-        f"{data}; {script.device_name(options.device)}; medians of {len(reached)};"
-        f" torch {torch.__version__};\nmatrix product: float32 {product:.0f} GFLOP/s"
-        f"{f', bfloat16 {training_product:.0f} GFLOP/s' if bfloat16 else ''}\n"
+        f"MNIST ({images:,} training and {len(testing[1]):,} test images); {device},"
+        f" {torch.get_num_threads()} threads; medians of {repeats}; torch {torch.__version__};\n"
+        f"matrix product: float32 {product:.0f} GFLOP/s"
+        f"{f', bfloat16 {product_trained:.0f} GFLOP/s' if bfloat16 else ''}\n"
     )
     headers = ("", "seconds", "× stock", "× baseline", "GFLOP/s", "% of product")
     alignment = ("left", *("right",) * 5)

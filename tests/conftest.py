@@ -1,29 +1,58 @@
-"""What the tests share: the script as a module and as a process, and MNIST-format data."""
+"""What the tests share: the script as a module and as a process, MNIST-format data, an oracle."""
 
 import gzip
 import os
-import shutil
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import NNI_Pruning as script  # noqa: E402
 
-ARCHIVES = [f"{name}.gz" for name in script.MNIST_FILES]
+NAMES = [f"{part}-{kind}" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+ARCHIVES = [f"{name}-ubyte.gz" for name in NAMES]
+QUICK = "--dataset digits --subset 200 --epochs 1 --pruner L1NormPruner --sparsity 0.5".split()
 
 
 def idx_bytes(values: torch.Tensor) -> bytes:
     """A uint8 tensor in the idx format of MNIST's files."""
-    header = bytes((0, 0, 8, values.dim()))
     shape = b"".join(size.to_bytes(4, "big") for size in values.shape)
-    return header + shape + values.byte().numpy().tobytes()
+    return bytes((0, 0, 8, values.dim())) + shape + values.byte().numpy().tobytes()
+
+
+def read_idx(path: Path) -> torch.Tensor:
+    """The images or labels of an unpacked file, by code that is not the script's."""
+    content, images = path.read_bytes(), "images" in path.name
+    values = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=16 if images else 8)
+    return values.view(-1, 28, 28) if images else values
+
+
+def logits_of(weights: dict, images: torch.Tensor) -> torch.Tensor:
+    """The forward pass of the script's network, written anew; images: uint8 (N, 28, 28)."""
+    x = (images[:, None] / 255 - 0.1307) / 0.3081
+    x = F.conv2d(x, weights["conv1.weight"], weights["conv1.bias"], stride=2).relu()
+    for at, padding in ((2, 0), (3, 1)):
+        x = F.max_pool2d(F.conv2d(x, weights[f"conv{at}.weight"], padding=padding), 2)
+        statistics = (weights[f"norm{at}.running_{name}"] for name in ("mean", "var"))
+        x = F.batch_norm(x, *statistics, weights[f"norm{at}.weight"], weights[f"norm{at}.bias"])
+        x = x.relu()
+    x = F.linear(x.flatten(1), weights["hidden.weight"], weights["hidden.bias"]).relu()
+    return F.linear(x, weights["output.weight"], weights["output.bias"])
+
+
+def accuracy_of(weights: dict, images: torch.Tensor, labels: torch.Tensor) -> float:
+    """Percent of the images that these weights classify right: a count without `evaluate`."""
+    return 100 * int((logits_of(weights, images).argmax(1) == labels).sum()) / len(labels)
+
+
+def saved_weights(path: Path) -> dict:
+    return torch.load(path, weights_only=True)["state_dict"]
 
 
 @pytest.fixture(scope="session")
@@ -33,60 +62,45 @@ def archives(tmp_path_factory) -> Path:
         if folder and all((Path(folder) / name).is_file() for name in ARCHIVES):
             return Path(folder)
     folder = tmp_path_factory.mktemp("archives")
-    values = [values for part in script.load_digits() for values in part]
-    for name, content in zip(ARCHIVES, values, strict=True):
-        (folder / name).write_bytes(gzip.compress(idx_bytes(content), mtime=0))
+    _, (x, y), test = script.load_data("digits", folder, None)
+    for name, values in zip(ARCHIVES, (x[:, 1:-1, 1:-1], y, *test), strict=True):
+        (folder / name).write_bytes(gzip.compress(idx_bytes(values), mtime=0))
     return folder
 
 
 @pytest.fixture(scope="session")
 def data_dir(archives, tmp_path_factory) -> Path:
     """A --data-dir with the four unpacked files of `archives`; tests must not change it."""
-    folder = tmp_path_factory.mktemp("data")
-    raw = folder / "MNIST" / "raw"
+    raw = tmp_path_factory.mktemp("data") / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for name in ARCHIVES:
-        with gzip.open(archives / name) as packed, (raw / Path(name).stem).open("wb") as unpacked:
-            shutil.copyfileobj(packed, unpacked)
-    return folder
+        (raw / Path(name).stem).write_bytes(gzip.decompress((archives / name).read_bytes()))
+    return raw.parent.parent
 
 
 def run_script(data_dir, folder, *arguments, **keywords) -> subprocess.CompletedProcess:
-    """Run the real script as a process in `folder`, on `data_dir`, to its end.
-
-    The folder is not the repository: a run must write to its own folders alone.
-    """
-    command = [sys.executable, str(ROOT / "NNI_Pruning.py"), "--data-dir", str(data_dir)]
-    keywords = {"capture_output": True, "text": True, "timeout": 100, **keywords}
-    return subprocess.run([*command, *map(str, arguments)], cwd=folder, check=False, **keywords)
+    """Run the real script as a process in `folder`, on `data_dir`, to its end."""
+    command = [sys.executable, ROOT / "NNI_Pruning.py", "--data-dir", data_dir, *arguments]
+    keywords = {"capture_output": True, "text": True, "timeout": 200, "cwd": folder, **keywords}
+    return subprocess.run([str(word) for word in command], check=False, **keywords)
 
 
 @pytest.fixture
-def run(data_dir, tmp_path):
-    """run_script, in tmp_path."""
-    return partial(run_script, data_dir, tmp_path)
-
-
-@pytest.fixture
-def call(data_dir, tmp_path, monkeypatch, capsys):
-    """Run the script's command line in this process, in tmp_path: (status, stdout, stderr)."""
+def call(tmp_path, monkeypatch, capsys):
+    """Run `main` in this process, in tmp_path; its rows or its error, stdout, stderr."""
 
     def start(*arguments):
         monkeypatch.chdir(tmp_path)
-        argv = ["--data-dir", str(data_dir), *map(str, arguments)]
         try:
-            status = script.command_line(argv)
-        except SystemExit as stop:  # argparse
-            status = stop.code
-        return status, *capsys.readouterr()
+            result = script.main([str(argument) for argument in arguments])
+        except (script.ExperimentError, SystemExit, KeyboardInterrupt) as error:
+            result = error
+        return result, *capsys.readouterr()
 
     return start
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, with its content: to compare before and after."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}

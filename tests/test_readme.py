@@ -1,67 +1,48 @@
-"""The README against the script: what it promises must be what is there."""
+"""The README against the script: its code runs as it stands, its tables are those of the runs."""
 
-import dataclasses
-import functools
 import re
+import shutil
 import subprocess
 import sys
 
-import torch
+import pytest
 
 import NNI_Pruning as script
-from conftest import ROOT
+from conftest import QUICK, ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
-@functools.cache
-def help_text() -> str:
-    command = [sys.executable, script.__file__, "--help"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def test_option_list_is_that_of_the_script():
-    # In the README each option is a table row that begins with its name in backquotes.
-    listed = re.findall(r"^\| `(--[a-z-]+)", README, re.MULTILINE)
-    options = set(re.findall(r"^  (--[a-z-]+)", help_text(), re.MULTILINE))
-    assert options
-    assert sorted(listed) == sorted(options)
-
-
-def test_help_shows_every_default():
-    entries = re.split(r"^  (?=-)", help_text(), flags=re.MULTILINE)[1:]
-    without = [entry.split()[0] for entry in entries if "default: " not in " ".join(entry.split())]
-    assert without == ["-h,"]
-
-
-def test_columns_are_those_of_the_script():
-    # The README explains each column in a table row that begins with its name in bold.
-    explained = re.findall(r"^\| \*\*(.+?)\*\*", README, re.MULTILINE)
-    assert explained == [column.replace("\n", " ") for column in script.COLUMNS]
-
-
-def test_fields_of_the_results_are_named():
-    text, help_words = README, " ".join(help_text().split())
-    for field in (*dataclasses.fields(script.Row), *dataclasses.fields(script.Verdict)):
-        assert f"`{field.name}`" in text
-        assert field.name in help_words
-
-
-def test_loading_example_runs_as_printed(tmp_path, data_dir, monkeypatch, capsys):
-    example = re.search(r"^```python\n(.*?load_model.*?)^```", README, re.MULTILINE | re.DOTALL)[1]
-    (tmp_path / "checkpoints").mkdir()
-    path = re.search(r'load_model\("(.+?)"\)', example)[1]
-    torch.manual_seed(0)
-    script.save_model(tmp_path / path, script.CNN((4, 4, 4, 4)))
-    (tmp_path / "data").symlink_to(data_dir)
-    monkeypatch.chdir(tmp_path)
-    exec(compile(example, "README.md", "exec"), {})
-    assert re.fullmatch(r"\d\n", capsys.readouterr().out)
-
-
-def test_first_block_holds_the_two_commands():
+def test_the_first_block_holds_the_two_commands():
     block = re.search(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)[1].splitlines()
-    assert len(block) == 2
-    assert "requirements.txt" in block[0]
-    assert block[0].endswith("NNI_Pruning.py")
-    assert block[1].endswith("-m pytest")
+    assert [line.split()[-1] for line in block] == ["NNI_Pruning.py", "pytest"]
+
+
+def test_options_that_the_readme_names_exist():
+    process = subprocess.run(
+        [sys.executable, script.__file__, "--help"], capture_output=True, check=True
+    )
+    ours = set(re.findall(r"`(?:python NNI_Pruning.py )?(--[a-z-]+)", README))
+    assert ours
+    assert all(option in process.stdout.decode() for option in ours)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda text: text.splitlines()[-1][:40])
+def test_code_runs_as_it_stands(snippet, call, data_dir, tmp_path, capsys):
+    call(*QUICK)
+    shutil.copy("checkpoints/L1NormPruner_0.5.pth", "checkpoints/FPGMPruner_0.75.pth")
+    (tmp_path / "data").symlink_to(data_dir)
+    exec(compile(snippet, "README.md", "exec"), {})
+    assert re.fullmatch(r"\d|torch.Size\(\[2, 1000\]\)", capsys.readouterr().out.strip())
+
+
+def test_the_reference_table_is_that_of_the_reference_run():
+    folder = ROOT / "checkpoints" / "reference"
+    rows = script.read_rows([folder / "results.json"])
+    table = script.report(script.as_frame(rows))
+    assert table in (folder / "README.md").read_text(encoding="utf-8")
+    # The first screen's run is that of seed 0.
+    for row in (row for row in rows if row["seed"] == 0 and row["sparsity"] and row["pruner"]):
+        line = next(line for line in README.splitlines() if line.startswith(f"{row['name']} "))
+        assert [f"{row[key]:.2f}" for key in ("accuracy_before", "accuracy")] == line.split()[1:3]

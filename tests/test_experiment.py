@@ -1,0 +1,253 @@
+"""The experiment: it learns, it compares fairly, and its table says what its models do."""
+
+import csv
+import json
+import re
+import time
+from itertools import product
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from test_pruning import compact_weights
+
+import NNI_Pruning as script
+from conftest import QUICK, accuracy_of, read_idx, run_script, saved_weights
+
+PRUNED = [f"{pruner}_{sparsity}" for pruner, sparsity in product(script.PRUNERS, script.SPARSITIES)]
+NAMES = ["baseline", *PRUNED]
+
+
+def digits_for_testing():
+    """The digits' test set by other means than the script's: numpy and bilinear weights by hand."""
+    images, labels = load_digits(return_X_y=True)
+    _, test = train_test_split(range(1797), test_size=0.2, random_state=0, stratify=labels)
+    at = ((torch.arange(20) + 0.5) * 8 / 20 - 0.5).clamp(0, 7)
+    weights = (1 - (at[:, None] - torch.arange(8)).abs()).clamp(0)  # (20, 8)
+    small = torch.tensor(images[test]).float().view(-1, 8, 8) / 16 * 255
+    large = torch.zeros(len(test), 28, 28, dtype=torch.uint8)
+    large[:, 4:24, 4:24] = (weights @ small @ weights.T).round().byte()
+    return large, torch.tensor(labels[test])
+
+
+def mnist_for_testing(data_dir, subset: int):
+    """The test images of a --subset of MNIST, from the files' bytes."""
+    raw = data_dir / "MNIST" / "raw"
+    images, labels = (read_idx(raw / f"t10k-{n}-ubyte") for n in ("images-idx3", "labels-idx1"))
+    generator = torch.Generator().manual_seed(0)
+    torch.randperm(len(read_idx(raw / "train-labels-idx1-ubyte")), generator=generator)
+    kept = torch.randperm(len(labels), generator=generator)[: subset // 6]
+    return images[kept], labels[kept]
+
+
+@pytest.fixture(scope="module", params=["digits", "mnist"])
+def finished(request, data_dir, tmp_path_factory):
+    """The real script as a process: defaults on the digits, or a subset of MNIST-format files."""
+    folder, digits = tmp_path_factory.mktemp("run"), request.param == "digits"
+    options = ["--dataset", "digits"] if digits else "--subset 6000 --epochs 2 --seed 3".split()
+    process = run_script(data_dir, folder, *options)
+    assert process.returncode == 0, process.stderr
+    images, labels = digits_for_testing() if digits else mnist_for_testing(data_dir, 6000)
+    return process, folder / "checkpoints", images, labels, 97 if digits else 94
+
+
+def table_of(stdout: str) -> dict[str, list[str]]:
+    """The table's cells by model; cells are two or more spaces apart."""
+    body = stdout.split("\n\n")[1].splitlines()
+    rows = [re.split(r"\s{2,}", line.strip()) for line in body[3:]]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_it_learns(finished):
+    _, folder, *_, goal = finished
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    baseline, *pruned = rows
+    assert [row["name"] for row in rows] == NAMES
+    assert baseline["accuracy"] >= goal
+    for row in pruned:
+        assert row["accuracy"] >= goal - 3  # which no pruned model reaches before fine-tuning
+        assert row["accuracy"] > row["accuracy_before"] + 10
+    parameters = {row["sparsity"]: row["parameters"] for row in rows}
+    assert parameters[0.75] < parameters[0.5] < parameters[None]
+
+
+def test_table_files_and_models_agree_with_a_count_of_ones_own(finished):
+    process, folder, images, labels, _ = finished
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    with (folder / "results.csv").open(newline="") as file:
+        lines = {line["name"]: line for line in csv.DictReader(file)}
+    table = table_of(process.stdout)
+    assert list(table) == list(lines) == NAMES
+    baseline = saved_weights(folder / "baseline.pth")
+    for row in rows:
+        name, cells = row["name"], table[row["name"]]
+        content = torch.load(folder / f"{name}.pth", weights_only=True)
+        weights = content.pop("state_dict")
+        accuracy = accuracy_of(weights, images, labels)
+        assert row["accuracy"] == float(lines[name]["accuracy"]) == content["accuracy"] == accuracy
+        assert f"{accuracy:.2f}" in cells[:2]
+        assert row["test_images"] == len(labels)
+        counted = sum(v.numel() for key, v in weights.items() if "running" not in key)
+        assert row["parameters"] == counted - sum("num_batches" in key for key in weights)
+        assert f"{row['parameters']:,}" in cells
+        if name != "baseline":  # pruned from the saved file, and measured before it was trained on
+            before = compact_weights(baseline, row["pruner"], row["sparsity"])
+            assert row["accuracy_before"] == accuracy_of(before, images, labels)
+            assert f"{row['accuracy_before']:.2f}" == cells[0]
+            assert not weights["conv1.weight"].equal(before["conv1.weight"])
+
+
+def test_what_a_user_sees(finished):
+    process, folder, *_ = finished
+    heading, _, last = process.stdout.split("\n\n")
+    assert heading.startswith("MNIST (") != ("NOT MNIST (" in heading)
+    for part in (f"torch {torch.__version__}", "NNI 3.0", " epochs; seeds "):
+        assert part in heading
+    assert "--seeds 0 1 2 3 4" in last  # one seed: no verdict, but how to get one
+    assert max(map(len, process.stdout.splitlines())) <= 120
+    for noise in ("Traceback", "Warning", "Filter"):  # NNI's chatter is silenced
+        assert noise not in process.stderr + process.stdout
+    files = {f"{name}.pth" for name in NAMES} | {
+        f"results.{kind}" for kind in ("json", "csv", "png")
+    }
+    assert {path.name for path in folder.iterdir()} == files
+
+
+def test_each_of_several_seeds_is_a_run_of_its_own(call, tmp_path):
+    # Also: a row depends on no other, neither of another pruner nor of another seed.
+    options = "--dataset digits --subset 300 --epochs 2 --sparsity 0.5".split()
+    alone, *_ = call(*options, "--seed", 1, "--pruner", "FPGMPruner", "--checkpoint-dir", "alone")
+    both, *_ = call(*options, "--seeds", 0, 1)
+
+    def measured(row):
+        return {key: value for key, value in row.items() if key != "training_seconds"}
+
+    assert [measured(row) for row in alone] == [measured(both[at]) for at in (3, 5)]
+    assert both[0]["accuracy"] != both[3]["accuracy"]
+    weights = [
+        saved_weights(tmp_path / "checkpoints" / at / "baseline.pth") for at in ("", "seed_1")
+    ]
+    assert not weights[0]["conv1.weight"].equal(weights[1]["conv1.weight"])
+
+
+def test_a_row_starts_from_the_file_that_it_is_given(call, tmp_path):
+    call(*QUICK)
+    rows, out, _ = call(*QUICK, "--baseline", "checkpoints/baseline.pth", "--seed", 5, "--controls")
+    assert "checkpoints/baseline.pth (1) + 1 epochs" in out  # nothing was trained: it says so
+    baseline, pruned, *_ = rows
+    assert baseline["training_seconds"] is None
+    assert baseline["epochs"] == 1
+    assert pruned["training_seconds"] > 0
+    assert "scratch_0.5_2_epochs" in [row["name"] for row in rows]
+    assert saved_weights(tmp_path / "checkpoints" / "baseline.pth")  # still there, not overwritten
+    assert torch.load(tmp_path / "checkpoints" / "baseline.pth", weights_only=True)["seed"] == 0
+
+
+def test_controls_are_as_long_as_they_say_and_start_where_they_say(call, tmp_path, monkeypatch):
+    trainings, seconds, train = [], [], script.train
+
+    def spy(model, *data, **settings):
+        start = {name: value.clone() for name, value in model.state_dict().items()}
+        trainings.append((start, settings))
+        seconds.append(train(model, *data, **settings))
+        return seconds[-1]
+
+    monkeypatch.setattr(script, "train", spy)
+    options = "--epochs 2 --finetune-epochs 1 --controls --seed 3 --sparsity 0.75 0.5".split()
+    rows, *_ = call(*QUICK, *options)
+    names = ["baseline", "L1NormPruner_0.75", "L1NormPruner_0.5", "baseline_1_more_epochs"]
+    names += [f"scratch_{sparsity}_{n}_epochs" for sparsity in (0.75, 0.5) for n in (3, 1)]
+    assert [row["name"] for row in rows] == names
+    assert [settings["epochs"] for _, settings in trainings] == [2, 1, 1, 1, 3, 1, 3, 1]
+    assert [row["epochs"] for row in rows] == [2, 1, 1, 1, 3, 1, 3, 1]
+    assert [row["training_seconds"] for row in rows] == seconds
+    assert {(s["lr"], s["batch_size"], s["seed"]) for _, s in trainings} == {(0.01, 64, 3)}
+    first, _, pruned, more, *scratch = (start for start, _ in trainings)
+    saved = saved_weights(tmp_path / "checkpoints" / "baseline.pth")
+    assert all(value.equal(saved[name]) for name, value in more.items())
+    expected = compact_weights(saved, "L1NormPruner", 0.5)
+    assert all(value.equal(expected[name]) for name, value in pruned.items() if "num" not in name)
+    widths = [script.WIDTHS, *[(8, 16, 32, 12)] * 2, *[(16, 32, 64, 24)] * 2]
+    for start, width in zip((first, *scratch), widths, strict=True):
+        torch.manual_seed(3)  # random weights: what a new net of these widths has by the seed
+        new = script.CNN(width).state_dict()
+        assert all(value.equal(new[name]) for name, value in start.items())
+
+
+# ------------------------------------------------------------------------ training, closer
+
+
+class Spy(torch.nn.Module):
+    """Stands in for the model, and writes down which images it is shown."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(10))
+        self.seen, self.corners, self.modes = [], [], set()
+
+    def forward(self, images):
+        pixels = images[:, 0] * script.DEVIATION + script.MEAN
+        self.seen += (pixels[:, 14, 14] * 255).round().int().tolist()
+        self.corners += [bool(image[0, 0] > 0.9) for image in pixels]
+        self.modes.add(self.training)
+        time.sleep(0.01)
+        return images[:, 0, :1, 0] * 0 + self.weight * 0
+
+
+def test_order_shifts_and_time(monkeypatch):
+    # Image n is filled with the value n; the frame outside is white, so that a shift shows.
+    images = torch.full((40, 30, 30), 255, dtype=torch.uint8)
+    images[:, 1:29, 1:29] = torch.arange(40, dtype=torch.uint8)[:, None, None]
+    labels, spy, told = torch.arange(40) % 10, Spy(), []
+
+    def after_epoch(accuracy):
+        told.append(accuracy)
+        time.sleep(1)
+
+    settings = {"epochs": 2, "lr": 0.01, "batch_size": 4, "seed": 0}
+    seconds = script.train(spy, images, labels, **settings, after_epoch=after_epoch)
+    assert 0.2 <= seconds < 1.8  # 20 batches of 10 ms, and not what comes between the epochs
+    assert spy.modes == {True}  # BatchNorm learns in training alone
+    assert told == [10.0, 10.0]  # of the spy's equal logits the first wins: a tenth is right
+    first, second = spy.seen[:40], spy.seen[40:]
+    assert sorted(first) == sorted(second) == list(range(40))
+    assert len({tuple(range(40)), tuple(first), tuple(second)}) == 3  # shuffled, each time anew
+    assert 0 < sum(spy.corners) < 80  # some are shifted, some not
+    orders = []
+    for seed in (0, 1):
+        script.train(other := Spy(), images, labels, **{**settings, "seed": seed})
+        orders.append(other.seen)
+    assert orders[0] == spy.seen != orders[1]
+    spy = Spy()
+    script.evaluate(spy, images[:, 1:29, 1:29], labels)
+    assert spy.seen == list(range(40))
+    assert spy.modes == {False}
+    assert not any(spy.corners)
+
+
+def test_labels_stay_with_their_images():
+    # Each class is one grey value: a net learns that in no time, unless labels are mixed up.
+    labels = torch.arange(400) % 10
+    images = (labels * 25).byte()[:, None, None].expand(400, 30, 30).contiguous()
+    torch.manual_seed(0)
+    model = script.CNN((8, 8, 8, 16))
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    script.train(model, images, labels, epochs=20, lr=0.01, batch_size=40, seed=0)
+    assert script.evaluate(model, images[:, 1:29, 1:29], labels) > 90
+    assert not any(value.equal(before[name]) for name, value in model.named_parameters())
+    assert not model.training
+
+
+@pytest.mark.parametrize("in_hardware", [True, False])
+def test_only_training_computes_in_bfloat16_and_only_in_hardware(in_hardware, monkeypatch):
+    monkeypatch.setattr(script, "computes_bfloat16", lambda device: in_hardware)
+    model, seen = script.CNN((8, 8, 8, 8)), set()
+    model.conv2.register_forward_hook(lambda layer, inputs, output: seen.add(output.dtype))
+    images, labels = torch.randint(256, (8, 30, 30), dtype=torch.uint8), torch.arange(8)
+    script.train(model, images, labels, epochs=1, lr=0.01, batch_size=8, seed=0)
+    assert seen == {torch.bfloat16 if in_hardware else torch.float32}
+    assert all(value.dtype == torch.float32 for value in model.parameters())
+    seen.clear()
+    script.evaluate(model, images[:, 1:29, 1:29], labels)
+    assert seen == {torch.float32}

@@ -1,0 +1,307 @@
+"""What people meet: wrong options, damaged files, no network, no room, kills. A clear message, a
+status, and nothing spoilt that was there before.
+"""
+
+import functools
+import hashlib
+import http.server
+import json
+import os
+import pickle
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.datasets import MNIST
+
+import NNI_Pruning as script
+from conftest import ARCHIVES, QUICK, ROOT, files_of, idx_bytes, read_idx, run_script
+
+
+@pytest.fixture
+def fails(call, tmp_path):
+    """Call `main`, which has to end in an error and leave every file as it was; the message."""
+
+    def check(status: int, *arguments) -> str:
+        before = files_of(tmp_path)
+        error, out, err = call(*arguments)
+        assert out == ""
+        assert {k: v for k, v in files_of(tmp_path).items() if k in before} == before
+        assert isinstance(error, SystemExit if status == 2 else script.ExperimentError)
+        return err if getattr(error, "code", 1) == 2 else str(error)
+
+    return check
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        *("--sparsity=0", "--sparsity=1", "--sparsity=nan", "--sparsity=x", "--pruner=L1"),
+        *("--dataset=cifar10", "--device=tpu", "--epochs=0", "--epochs=1.5", "--batch-size=-1"),
+        *("--finetune-epochs=0", "--subset=0", "--lr=0", "--lr=inf", "--lr=nan", "--seed=-1"),
+        *("--seed=9223372036854775808", "--epoch=3", "digits", "--width=2"),
+    ],
+)
+def test_a_wrong_option_is_named(argument, fails):
+    assert argument.partition("=")[0] in fails(2, *QUICK, argument)
+
+
+# ----------------------------------------------------------------------------- .pth files
+
+
+class Evil:
+    """Unpickled by a plain torch.load, this would make the file "executed"."""
+
+    def __reduce__(self):
+        return (Path.touch, (Path("executed"),))
+
+
+@pytest.fixture
+def given(call, tmp_path) -> Path:
+    """The sound baseline of a run."""
+    call(*QUICK, "--checkpoint-dir", "earlier")
+    return tmp_path / "earlier" / "baseline.pth"
+
+
+def test_an_unfit_baseline_is_named(given, fails, tmp_path):
+    content, sound = torch.load(given, weights_only=True), given.read_bytes()
+    weights = content["state_dict"]
+    bad = tmp_path / "bad.pth"
+    for spoil in (
+        lambda: None,  # there is no such file
+        lambda: bad.write_bytes(sound[:-1000]),
+        lambda: bad.write_text("accuracy: 99 %"),
+        lambda: bad.write_bytes(pickle.dumps(Evil())),
+        lambda: torch.save(Evil(), bad),
+        lambda: torch.save({**content, "accuracy": Evil()}, bad),
+        lambda: torch.save(weights, bad),  # of another script, say
+        lambda: torch.save({**content, "state_dict": dict([*weights.items()][:-1])}, bad),
+        lambda: torch.save({**content, "dataset": "mnist"}, bad),
+        lambda: shutil.copy(given.with_name("L1NormPruner_0.5.pth"), bad),  # is pruned already
+    ):
+        bad.unlink(missing_ok=True)
+        spoil()
+        assert str(bad) in fails(1, *QUICK, "--baseline", bad)
+        assert not (tmp_path / "executed").exists()
+
+
+def test_damaged_models_are_refused_or_right(given, tmp_path):
+    rng, sound, bad, refused = random.Random(5), given.read_bytes(), tmp_path / "bad.pth", 0
+    for _ in range(150):
+        at = rng.randrange(len(sound))
+        changed = rng.choice((sound[:at], sound[:at] + rng.randbytes(9) + sound[at + 9 :]))
+        bad.write_bytes(changed)
+        try:
+            assert script.load_model(bad).widths == script.WIDTHS
+        except script.ExperimentError as error:
+            assert str(bad) in str(error)
+            refused += 1
+    assert 50 < refused < 150
+
+
+# ----------------------------------------------------------------------------- MNIST files
+
+IMAGES, LABELS = "train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
+
+
+@pytest.fixture
+def raw(tmp_path, monkeypatch) -> Path:
+    """The folder of four small sound files; were one missing, there is no network to get it."""
+    monkeypatch.setattr(MNIST, "mirrors", [])
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in ARCHIVES:
+        shape = (20, 28, 28) if "images" in name else (20,)
+        values = torch.randint(256 if "images" in name else 10, shape)
+        (raw / Path(name).stem).write_bytes(idx_bytes(values))
+    return raw
+
+
+def test_damaged_data_is_named_and_no_digits_step_in(raw, fails, tmp_path):
+    for name, spoil in (
+        (IMAGES, lambda c: c[: len(c) // 2]),  # half unpacked
+        (LABELS, lambda c: b""),
+        (LABELS, lambda c: b"<html>Please log in</html>"),
+        (LABELS, lambda c: c[:-1] + b"\x0a"),  # a label above 9
+        (LABELS, lambda c: c[:7] + b"\x13" + c[8:-1]),  # fewer labels than images
+        (IMAGES, lambda c: c[:8] + bytes((0, 0, 0, 14, 0, 0, 0, 56)) + c[16:]),
+        (IMAGES, None),  # one of the four is missing, and not to be had
+    ):
+        content = (raw / name).read_bytes()
+        (raw / name).write_bytes(spoil(content)) if spoil else (raw / name).unlink()
+        message = fails(1, *QUICK[2:], "--data-dir", tmp_path / "data")
+        assert f"delete {raw}" in message
+        (raw / name).write_bytes(content)
+
+
+def test_fuzzed_data_files_are_refused_or_read_right(raw, tmp_path):
+    rng, sound, outcomes = random.Random(3), files_of(raw), [0, 0]
+    for _ in range(150):
+        name = rng.choice(sorted(sound))
+        at = rng.choice((rng.randrange(20), rng.randrange(len(sound[name]))))
+        changed = sound[name][:at] + rng.choice((b"", rng.randbytes(1) + sound[name][at + 1 :]))
+        (raw / name).write_bytes(changed)
+        try:
+            _, (x, y), test = script.load_data("mnist", tmp_path / "data", None)
+            for values, file in zip((x[:, 1:-1, 1:-1], y, *test), ARCHIVES, strict=True):
+                assert values.equal(read_idx(raw / Path(file).stem).to(values.dtype))
+            outcomes[0] += 1
+        except script.ExperimentError as error:
+            assert str(raw) in str(error)
+            outcomes[1] += 1
+        (raw / name).write_bytes(sound[name])
+    assert min(outcomes) > 20
+
+
+class Mirror(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder; below /html/ a hotel's page answers to everything."""
+
+    def do_GET(self):
+        if not self.path.startswith("/html/"):
+            return super().do_GET()
+        self.send_response(200)
+        self.end_headers()
+        return self.wfile.write(b"<html>Please log in</html>")
+
+    def log_message(self, *_):
+        pass
+
+
+def test_mnist_arrives_from_the_second_mirror(archives, data_dir, tmp_path, monkeypatch):
+    sums = [hashlib.md5((archives / name).read_bytes()).hexdigest() for name in ARCHIVES]
+    monkeypatch.setattr(MNIST, "resources", [*zip(ARCHIVES, sums, strict=True)])
+    monkeypatch.setenv("no_proxy", "*")
+    handler = functools.partial(Mirror, directory=archives)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        mirror = f"http://127.0.0.1:{server.server_port}/"
+        monkeypatch.setattr(MNIST, "mirrors", [f"{mirror}html/", mirror])
+        name, (x, y), _ = script.load_data(None, tmp_path, None)
+        server.shutdown()
+    assert (name, len(y)) == ("mnist", len(x))
+    assert x[:, 1:-1, 1:-1].equal(read_idx(data_dir / "MNIST" / "raw" / IMAGES))
+
+
+@pytest.mark.parametrize("dataset", [[], ["--dataset", "mnist"]])
+def test_without_a_network(dataset, call, monkeypatch):
+    monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])  # where nobody listens
+    monkeypatch.setenv("no_proxy", "*")
+    result, out, err = call(*QUICK[2:], *dataset)
+    if dataset:
+        assert "refused" in str(result)
+        assert "put its .gz files into data/MNIST/raw" in str(result)
+    else:
+        assert "refused" in err
+        assert "NOT MNIST (200 training and 33 test images)" in out
+
+
+# ------------------------------------------------------------------- folders, room, kills
+
+
+def test_a_folder_that_cannot_be_made(fails, tmp_path):
+    (tmp_path / "file").touch()
+    message = fails(1, *QUICK, "--checkpoint-dir", "file/new")  # nothing was trained: no output
+    assert "cannot write file/new/.writable" in message
+
+
+def test_a_full_disk_leaves_earlier_files_whole(call, tmp_path):
+    call(*QUICK)
+    before = files_of(tmp_path / "checkpoints")
+    # The system refuses to let a file grow beyond 5 kB, as on a full disk.
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (5000, 5000))
+    process = run_script("data", tmp_path, *QUICK, "--seed", 5, preexec_fn=limit)
+    assert process.returncode == 1
+    last = process.stderr.splitlines()[-1]
+    assert last == "NNI_Pruning.py: error: cannot write checkpoints/baseline.pth: File too large"
+    assert files_of(tmp_path / "checkpoints") == before  # and no temporary file
+
+
+def test_a_loss_that_diverges(given, call):
+    error, out, _ = call(*QUICK, "--baseline", given, "--lr", "1e30")
+    assert "lower --lr" in str(error)
+    assert "baseline" in out  # the row before it is shown
+
+
+def assert_whole(folder: Path) -> None:
+    for path in folder.glob("*.pth"):
+        script.load_model(path)
+    assert script.read_rows([folder / "results.json"])
+    assert (folder / "results.csv").read_text().endswith("\n")
+    assert (folder / "results.png").read_bytes().endswith(b"IEND\xaeB`\x82")
+
+
+def test_ctrl_c_keeps_what_is_ready(tmp_path):
+    command = [sys.executable, ROOT / "NNI_Pruning.py", *QUICK, "--finetune-epochs", "1000000"]
+    # Were Ctrl-C ignored by whatever started pytest, the child would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=tmp_path, **pipes)
+    shown = ""
+    while not re.search(r" [1-9]\d*/1000000 ", shown):  # an epoch of fine-tuning is over
+        shown += process.stderr.read(1)
+        assert process.poll() is None, shown
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.endswith("NNI_Pruning.py: interrupted\n")
+    assert "Traceback" not in err
+    assert out.splitlines()[-4].startswith("baseline")
+    names = {"baseline.pth", "results.json", "results.csv", "results.png"}
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == names
+    assert_whole(tmp_path / "checkpoints")
+
+
+# Each order is a run in a fork of a process that has imported everything: real, and quick. It dies
+# in the middle of its n-th write, or after a fraction of a second.
+DOOMED = """
+import json, os, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import NNI_Pruning as script
+import sklearn.datasets, sklearn.model_selection, matplotlib.backends.backend_agg
+script.import_nni()
+write_bytes = Path.write_bytes
+def half(path, content):
+    global moment
+    moment -= 1
+    write_bytes(path, content[: len(content) // 2] if moment == 0 else content)
+    return moment or os.kill(os.getpid(), signal.SIGKILL)
+for line in sys.stdin:
+    moment, argv = json.loads(line)
+    if not (child := os.fork()):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(1, 2)
+        Path.write_bytes = half
+        script.main(argv)
+        os._exit(0)
+    if moment < 1:
+        time.sleep(moment)
+        os.kill(child, signal.SIGKILL)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_sigkill_at_twenty_moments(call, tmp_path):
+    call(*QUICK)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+    pipes |= {"cwd": tmp_path, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+    rng = random.Random(1)
+    with subprocess.Popen([sys.executable, "-c", DOOMED, ROOT], **pipes) as driver:
+        for moment in (*range(1, 9), *(rng.uniform(0, 0.9) for _ in range(12))):
+            order = json.dumps([moment, [*QUICK, "--seed", str(rng.randrange(99))]])
+            driver.stdin.write(f"{order}\n")
+            assert int(driver.stdout.readline()) == -signal.SIGKILL, moment
+            assert_whole(tmp_path / "checkpoints")
+        driver.stdin.close()
+    rows, *_ = call(*QUICK)  # and the next run works, and clears away what they left
+    assert len(rows) == 2
+    assert not [name for name in files_of(tmp_path / "checkpoints") if name.startswith(".")]
