@@ -360,10 +360,12 @@ def as_frame(rows: list[dict]):
     types = dict.fromkeys(("seed", "epochs", "parameters", "macs", "test_images"), int)
     types |= dict.fromkeys(("sparsity", "accuracy_before", "accuracy", "training_seconds"), float)
     frame = pd.DataFrame(rows).astype({"name": str, "pruner": object, **types})
-    frame = frame.drop_duplicates(["name", "seed", "accuracy"])  # each trial repeats its baseline
-    if frame.duplicated(["name", "seed"]).any() or "baseline" not in set(frame["name"]):
-        raise ValueError("there is no baseline, or a model has two results: show unlike runs apart")
-    return frame
+    frame = frame.drop_duplicates(["name", "seed", "accuracy"])
+    if frame[frame["pruner"].notna()].duplicated(["name", "seed"]).any():
+        raise ValueError("a model has two results: show unlike runs apart")
+    if "baseline" not in set(frame["name"]):
+        raise ValueError("there is no baseline")
+    return frame.drop_duplicates(["name", "seed"])  # a sweep's trials each measured the baseline
 
 
 def read_rows(paths: list[Path]) -> list[dict]:
@@ -522,6 +524,8 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         parser.error("argument --sparsity: it must lie between 0 and 1, both excluded")
     if not all(0 <= seed < 2**63 for seed in args.seeds):
         parser.error("argument --seeds: they must lie between 0 and 2**63 - 1")
+    for name in ("sparsity", "pruner", "seeds"):  # said twice is meant once
+        setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     if trial and not len(args.pruner) == len(args.sparsity) == len(args.seeds) == 1:
         parser.error("a trial of an NNI experiment needs one --pruner, one --sparsity, one --seed")
     if args.device == "auto":
