@@ -146,10 +146,10 @@ class Untraceable(torch.nn.Linear):
     ("network", "keep", "sparsity", "reason"),
     [
         ("shufflenet_v2_x1_0", "fc", 0.5, "Group|Empty"),  # NNI's own errors
-        ("resnet18", "classifier", 0.5, "no layer"),
-        ("resnet18", "layer1", 0.5, "another shape"),  # the output layer is not kept
-        ("resnet18", "fc", 0.0001, "no channel went"),
-        ("resnet18", "fc", 1.0, "between 0 and 1"),
+        ("squeezenet1_1", "fc", 0.5, "no layer"),
+        ("squeezenet1_1", "features.0", 0.5, "another shape"),  # the output layer is not kept
+        ("squeezenet1_1", "classifier", 0.0001, "no channel went"),
+        ("squeezenet1_1", "classifier", 1.0, "between 0 and 1"),
         (None, "", 0.5, "TraceError"),
     ],
 )
