@@ -46,6 +46,7 @@ SPARSITIES = (0.5, 0.75)  # the two configurations: the share of each layer's ch
 # Output channels of the three convolutions and of the hidden linear layer. At 0.75 the convolutions
 # keep 8, 16 and 32: whole vectors of a processor, which odd widths would leave half empty.
 WIDTHS = (32, 64, 128, 48)
+LAYERS = ("conv1", "conv2", "conv3", "hidden")  # those layers, by their names in CNN
 
 EPOCHS = {"mnist": 3, "digits": 20}  # the 1,437 digits make few steps an epoch
 BATCH_SIZE = {"mnist": 256, "digits": 64}
@@ -97,8 +98,7 @@ class CNN(nn.Module):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        layers = self.conv1, self.conv2, self.conv3, self.hidden
-        return tuple(len(layer.weight) for layer in layers)
+        return tuple(len(getattr(self, layer).weight) for layer in LAYERS)
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -123,8 +123,7 @@ def load_model(path: str | Path) -> CNN:
     try:
         about = torch.load(path, map_location="cpu", weights_only=True)  # runs no code of the file
         weights = about.pop("state_dict")
-        layers = ("conv1", "conv2", "conv3", "hidden")
-        model = CNN(tuple(len(weights[f"{layer}.weight"]) for layer in layers))
+        model = CNN(tuple(len(weights[f"{layer}.weight"]) for layer in LAYERS))
         model.load_state_dict(weights)
     except Exception as error:  # whatever a damaged or strange file makes torch raise
         reason = f"missing, damaged or not a model of this script: {type(error).__name__}"
@@ -539,8 +538,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
     folder = args.checkpoint_dir / os.environ.get("NNI_TRIAL_JOB_ID", "")  # trials share no files
     if args.report:
         rows = read_rows(args.report)
-        print(report(as_frame(rows)))
-        draw(as_frame(rows), folder / "results.png")
+        frame = as_frame(rows)
+        print(report(frame))
+        draw(frame, folder / "results.png")
         return rows
     nni, trial = import_nni(), "NNI_PLATFORM" in os.environ
     write(folder / ".writable", b"")  # like NNI, missed here before anything is trained
@@ -592,9 +592,10 @@ def main(argv: list[str] | None = None) -> list[dict]:
             torch.save({"dataset": dataset, **row, "state_dict": weights}, content := io.BytesIO())
             write(homes[seed] / f"{name}.pth", content.getvalue())
         rows.append(row)
-        results = {**run, "rows": rows, "verdicts": verdicts(as_frame(rows))}
+        frame = as_frame(rows)
+        results = {**run, "rows": rows, "verdicts": verdicts(frame)}
         write(folder / "results.json", json.dumps(results, indent=1, default=str).encode())
-        write(folder / "results.csv", as_frame(rows).to_csv(index=False).encode())
+        write(folder / "results.csv", frame.to_csv(index=False).encode())
 
     try:
         for seed in args.seeds:
@@ -628,8 +629,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
             nni.report_final_result({**final, "default": row["accuracy"]})
     finally:  # what is finished is shown, whatever happened
         if rows:
-            print(f"{heading}\n\n{report(as_frame(rows))}")
-            draw(as_frame(rows), folder / "results.png")
+            frame = as_frame(rows)
+            print(f"{heading}\n\n{report(frame)}")
+            draw(frame, folder / "results.png")
     return rows
 
 

@@ -33,6 +33,12 @@ def read_idx(path: Path) -> torch.Tensor:
     return values.view(-1, 28, 28) if images else values
 
 
+def read_test_set(data_dir: Path) -> list[torch.Tensor]:
+    """All test images and their labels."""
+    names = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
+    return [read_idx(data_dir / "MNIST" / "raw" / name) for name in names]
+
+
 def logits_of(weights: dict, images: torch.Tensor) -> torch.Tensor:
     """The forward pass of the script's network, written anew; images: uint8 (N, 28, 28)."""
     x = (images[:, None] / 255 - 0.1307) / 0.3081

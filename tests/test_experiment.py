@@ -13,7 +13,7 @@ from sklearn.model_selection import train_test_split
 from test_pruning import compact_weights
 
 import NNI_Pruning as script
-from conftest import QUICK, accuracy_of, read_idx, run_script, saved_weights
+from conftest import QUICK, accuracy_of, read_idx, read_test_set, run_script, saved_weights
 
 PRUNED = [f"{pruner}_{sparsity}" for pruner, sparsity in product(script.PRUNERS, script.SPARSITIES)]
 NAMES = ["baseline", *PRUNED]
@@ -33,10 +33,10 @@ def digits_for_testing():
 
 def mnist_for_testing(data_dir, subset: int):
     """The test images of a --subset of MNIST, from the files' bytes."""
-    raw = data_dir / "MNIST" / "raw"
-    images, labels = (read_idx(raw / f"t10k-{n}-ubyte") for n in ("images-idx3", "labels-idx1"))
+    images, labels = read_test_set(data_dir)
     generator = torch.Generator().manual_seed(0)
-    torch.randperm(len(read_idx(raw / "train-labels-idx1-ubyte")), generator=generator)
+    training_labels = read_idx(data_dir / "MNIST" / "raw" / "train-labels-idx1-ubyte")
+    torch.randperm(len(training_labels), generator=generator)
     kept = torch.randperm(len(labels), generator=generator)[: subset // 6]
     return images[kept], labels[kept]
 
@@ -195,7 +195,7 @@ class Spy(torch.nn.Module):
         return images[:, 0, :1, 0] * 0 + self.weight * 0
 
 
-def test_order_shifts_and_time(monkeypatch):
+def test_order_shifts_and_time():
     # Image n is filled with the value n; the frame outside is white, so that a shift shows.
     images = torch.full((40, 30, 30), 255, dtype=torch.uint8)
     images[:, 1:29, 1:29] = torch.arange(40, dtype=torch.uint8)[:, None, None]

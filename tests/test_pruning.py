@@ -165,7 +165,7 @@ def test_what_cannot_be_pruned_is_a_clear_error(network, keep, sparsity, reason)
 # Python 3.14 took these names from ast; the typeguard that NNI pins imports one of them. 3.12 and
 # 3.13 make them when they are asked for.
 AS_ON_3_14 = """
-import ast, runpy, sys, warnings
+import ast, sys, warnings
 warnings.simplefilter("ignore")
 for name in ("Str", "Num", "Bytes", "NameConstant", "Ellipsis"):
     if hasattr(ast, name):

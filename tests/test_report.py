@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 import NNI_Pruning as script
-from conftest import QUICK, ROOT, accuracy_of, read_idx, saved_weights
+from conftest import QUICK, ROOT, accuracy_of, read_test_set, saved_weights
 
 REFERENCE = ROOT / "checkpoints" / "reference"
 
@@ -134,8 +134,7 @@ def test_a_report_of_earlier_runs(call, tmp_path):
 
 
 def test_reference_models_have_the_accuracies_of_their_results(data_dir):
-    raw = data_dir / "MNIST" / "raw"
-    images, labels = (read_idx(raw / f"t10k-{n}-ubyte") for n in ("images-idx3", "labels-idx1"))
+    images, labels = read_test_set(data_dir)
     if len(labels) != 10_000:
         pytest.skip("this is not the real MNIST")
     rows = {row["name"]: row for row in script.read_rows([REFERENCE / "results.json"])[::-1]}
