@@ -2,7 +2,6 @@
 
     python NNI_Pruning.py                          # everything
     python NNI_Pruning.py --subset 6000 --epochs 2 # a first look, in seconds
-    python NNI_Pruning.py --help                   # every option and its default
 
 Trains a baseline CNN and saves it; prunes it with NNI's L1NormPruner and FPGMPruner at two channel
 sparsities, makes each pruned model really smaller with ModelSpeedup, fine-tunes it and saves it;
@@ -26,11 +25,10 @@ import math
 import os
 import socket
 import sys
-import sysconfig
 import time
 import warnings
 from importlib.metadata import version
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 
 import torch
@@ -63,14 +61,12 @@ class ExperimentError(Exception):
 
 
 # ---------------------------------------------------------------------------------- model
-
-
 class CNN(nn.Module):
     """Three convolutions, two of them with max pooling and batch normalisation, two linear layers.
 
     The same class is the baseline and every pruned model; only `widths` differ: output channels of
-    conv1, conv2, conv3, and output features of hidden. Input: float (N, 1, 28, 28), normalised with
-    MEAN and DEVIATION. Output: (N, 10) logits.
+    conv1, conv2, conv3, and output features of hidden. Input: float (N, 1, 28, 28), pixels in 0..1
+    normalised with MEAN and DEVIATION. Output: (N, 10) logits.
     """
 
     def __init__(self, widths: tuple[int, ...] = WIDTHS) -> None:
@@ -117,8 +113,7 @@ def count_macs(model: CNN) -> int:
 def load_model(path: str | Path) -> CNN:
     """The ready model of a .pth file, on the CPU and in eval mode; `about` has its other values.
 
-    Input: float images (N, 1, 28, 28), pixels in 0..1 normalised with mean 0.1307 and deviation
-    0.3081. Output: (N, 10) logits. ExperimentError where the file is missing, damaged or another's.
+    ExperimentError where the file is missing, damaged or another's.
     """
     try:
         about = torch.load(path, map_location="cpu", weights_only=True)  # runs no code of the file
@@ -133,30 +128,28 @@ def load_model(path: str | Path) -> CNN:
 
 
 # ----------------------------------------------------------------------------------- data
-
-
 def load_data(name: str | None, data_dir: Path, subset: int | None):
     """Load MNIST or scikit-learn's digits; with name None MNIST, or the digits if that fails.
 
-    With `subset`, so many training and a sixth as many test images of a shuffle, the same whatever
-    the run's seed. Returns the name; images and labels for training; images and labels for testing.
-    Images are uint8 (N, 28, 28), for training padded with MAX_SHIFT pixels of background on each
-    side, so that a shifted image is a mere slice; labels are int64 (N,). ExperimentError where
-    MNIST is damaged, or was asked for by name and is not to be had.
+    With `subset`, so many training and a sixth as many test images, the same for every seed.
+    Returns the name, (images, labels) for training and (images, labels) for testing. Images: uint8
+    (N, 28, 28), for training padded with MAX_SHIFT pixels of background on each side, so that a
+    shifted image is a mere slice; labels: int64 (N,). ExperimentError where MNIST is damaged, or
+    was asked for by name and is not to be had.
     """
     if name != "digits":
         from torchvision.datasets import MNIST
 
-        raw = data_dir / "MNIST" / "raw"
         socket.setdefaulttimeout(10)  # seconds; torchvision sets none and would wait for ever
         try:
             parts = [MNIST(data_dir, train=train, download=True) for train in (True, False)]
             parts = [(part.data, part.targets) for part in parts]
             for x, y in parts:
-                if x.shape != (len(y) or 1, 28, 28) or not set(y.tolist()) <= set(range(10)):
+                if x.shape != (len(y), 28, 28) or y.max() > 9:
                     raise ValueError("not as many labels 0 to 9 as images of 28 x 28")
             name = "mnist"
         except Exception as error:  # torchvision raises the same for no network and for bad files
+            raw = data_dir / "MNIST" / "raw"
             there = raw.is_dir() and any(raw.iterdir())
             advice = f"delete {raw} and run again" if there else f"put its .gz files into {raw}"
             message = f"MNIST is not to be had: {' '.join(str(error).split())}; {advice}"
@@ -189,8 +182,6 @@ def normalised(images: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------- training, evaluation
-
-
 def computes_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 in hardware; emulated, it would cost time."""
     if device.type == "cuda":
@@ -263,8 +254,6 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 # -------------------------------------------------------------------------------- pruning
-
-
 def import_nni():
     """NNI, with its pruners and ModelSpeedup, and quiet; ExperimentError where it is missing."""
     with warnings.catch_warnings():
@@ -277,7 +266,7 @@ def import_nni():
             import nni.compression.pruning
             import nni.compression.speedup
         except ModuleNotFoundError as error:
-            pip, target = f"{sys.executable} -m pip install", sysconfig.get_path("purelib")
+            pip, target = f"{sys.executable} -m pip install", Path(torch.__file__).parents[1]
             raise ExperimentError(
                 f"NNI is missing, or not all there ({error}): {pip} -r requirements.txt\n"
                 "before that, on Apple silicon and ARM Linux, for which it has no wheel:\n"
@@ -337,8 +326,6 @@ def prune(
 
 
 # --------------------------------------------------------------------------------- report
-
-
 def write(path: Path, content: bytes) -> None:
     """Write a file that after a kill is whole or as it was; ExperimentError where it cannot be."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -358,9 +345,9 @@ def as_frame(rows: list[dict]):
 
     types = dict.fromkeys(("seed", "epochs", "parameters", "macs", "test_images"), int)
     types |= dict.fromkeys(("sparsity", "accuracy_before", "accuracy", "training_seconds"), float)
-    frame = pd.DataFrame(rows).astype({"name": str, "pruner": object, **types})
+    frame = pd.DataFrame(rows).astype(types)
     frame = frame.drop_duplicates(["name", "seed", "accuracy"])
-    if frame[frame["pruner"].notna()].duplicated(["name", "seed"]).any():
+    if frame.dropna(subset="pruner").duplicated(["name", "seed"]).any():
         raise ValueError("a model has two results: show unlike runs apart")
     if "baseline" not in set(frame["name"]):
         raise ValueError("there is no baseline")
@@ -370,16 +357,16 @@ def as_frame(rows: list[dict]):
 def read_rows(paths: list[Path]) -> list[dict]:
     """The rows of results.json files and exports of NNI's trials; ExperimentError otherwise."""
     rows = []
-    try:
-        for path in paths:
+    for path in paths:
+        try:
             runs = json.loads(path.read_text(encoding="utf-8"))
             # An export is a list: of what each trial reported at its end, as text.
             runs = [json.loads(run["value"]) for run in runs] if isinstance(runs, list) else [runs]
             rows += [row for run in runs for row in run["rows"]]
             as_frame(rows)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        what = "no results.json of this script and no export of its NNI trials, or does not fit"
-        raise ExperimentError(f"{path} is {what} ({type(error).__name__}: {error})") from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            what = "no results.json of this script and no export of its NNI trials, or does not fit"
+            raise ExperimentError(f"{path} is {what} ({type(error).__name__}: {error})") from error
     return rows
 
 
@@ -392,31 +379,29 @@ def verdicts(rows) -> list[dict]:
     from scipy import stats
 
     accuracy = rows.pivot(index="seed", columns="name", values="accuracy")
-    claims = []  # (claim, ours, theirs, tolerance)
-    for sparsity, pruned in rows[rows["pruner"].notna()].groupby("sparsity"):
+    claims = []  # (claim, difference by seed, tolerance)
+    for sparsity, pruned in rows.dropna(subset="pruner").groupby("sparsity"):
         one, *others = pruned["name"].unique()
         ours = accuracy[[one, *others]].mean(axis=1, skipna=False)  # of the pruners
-        held = f"accuracy holds (falls by less than {TOLERANCE:.2f} pp) at {sparsity}"
-        claims.append((held, ours, accuracy["baseline"], TOLERANCE))
-        for name, theirs in accuracy.items():
-            if name.startswith("baseline_"):
-                claims.append((f"... and against {name}, at {sparsity}", ours, theirs, TOLERANCE))
-            if name.startswith(f"scratch_{sparsity}_"):
-                claims.append((f"pruning is better than {name}", ours, theirs, 0))
-        for name in others:
-            claims.append((f"{name} is better than {one}", accuracy[name], accuracy[one], 0))
+        for name, theirs in accuracy[rows["name"].unique()].items():
+            if name.startswith("baseline"):
+                claim = f"accuracy holds at {sparsity}: less than {TOLERANCE:.2f} pp below {name}"
+                claims.append((claim, ours - theirs, TOLERANCE))
+            elif name.startswith(f"scratch_{sparsity}_"):
+                claims.append((f"pruning is better than {name}", ours - theirs, 0))
+            elif name in others:
+                claims.append((f"{name} is better than {one}", theirs - accuracy[one], 0))
     found = []
-    for claim, ours, theirs, tolerance in claims:
-        differences = (ours - theirs).dropna().round(6)  # of the same seed, which is the index
-        if len(differences) < 2:
+    for claim, difference, tolerance in claims:
+        paired = difference.dropna().round(6)
+        if len(paired) < 2:
             continue
-        mean, low, high, answer = float(differences.mean()), None, None, "cannot tell"
-        if error := differences.sem():  # were all equal, an interval of width 0 would prove nothing
-            half = error * stats.t.ppf(0.975, len(differences) - 1)
-            low, high = float(mean - half), float(mean + half)
+        mean, low, high, answer = float(paired.mean()), None, None, "cannot tell"
+        if paired.nunique() > 1:  # were all equal, an interval of width 0 would prove nothing
+            low, high = map(float, stats.t.interval(0.95, len(paired) - 1, mean, paired.sem()))
             answer = "yes" if low > -tolerance else "no" if high < -tolerance else answer
         verdict = {"claim": claim, "answer": answer, "difference": mean, "low": low, "high": high}
-        found.append({**verdict, "seeds": len(differences)})
+        found.append(verdict | {"seeds": len(paired)})
     return found
 
 
@@ -447,20 +432,21 @@ def report(rows) -> str:
             "times\nfaster": f"{ratio['training_seconds']:.1f}×".replace("nan×", ""),
         }
         lines.append(line)
-    alignment = {"colalign": ("left", *("right",) * 8), "disable_numparse": True}
-    table = tabulate(lines, headers="keys", **alignment)
-    if rows["seed"].nunique() > 1:
-        below = tabulate(verdicts(rows), headers="keys", floatfmt="+.2f")
+    alignment = ("left", *("right",) * 8)
+    table = tabulate(lines, headers="keys", colalign=alignment, disable_numparse=True)
+    if claims := verdicts(rows):
+        below = tabulate(claims, headers="keys", floatfmt="+.2f")
         below += "\n\nIn pp, with Student's 95 % interval, paired by seed; of the pruners' mean."
-    else:
-        # 95 % of the difference of two proportions, with a right and a wrong image added to each
-        # (Agresti and Caffo 2000): honest also where all images are right.
-        images = rows["test_images"].min()
-        p = (rows["accuracy"].min() / 100 * images + 1) / (images + 2)
-        least = 100 * 1.96 * math.sqrt(2 * p * (1 - p) / (images + 2))
-        below = f"One seed, {images:,} test images: models less than {least:.2f} pp apart cannot be"
-        below += " told apart.\nSeveral seeds can tell more: --seeds 0 1 2 3 4."
-    return f"{table}\n\n{below}"
+        return f"{table}\n\n{below}"
+    # 95 % of the difference of two proportions, with a right and a wrong image added to each
+    # (Agresti and Caffo 2000): honest also where all images are right.
+    images = rows["test_images"].min()
+    p = (rows["accuracy"].min() / 100 * images + 1) / (images + 2)
+    least = 100 * 1.96 * math.sqrt(2 * p * (1 - p) / (images + 2))
+    return (
+        f"{table}\n\nOne seed, {images:,} test images: models less than {least:.2f} pp apart cannot"
+        " be told apart.\nSeveral seeds can tell more: --seeds 0 1 2 3 4."
+    )
 
 
 def draw(rows, path: Path) -> None:
@@ -470,25 +456,22 @@ def draw(rows, path: Path) -> None:
     figure = Figure(figsize=(11, 5), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     first = rows[rows["name"] == "baseline"].set_index("seed")["training_seconds"]
-    for at, (name, own) in enumerate(rows.set_index("seed").groupby("name", sort=False)):
+    models = rows.set_index("seed").groupby("name", sort=False)
+    for marker, (name, own) in zip(cycle("Dos^vXP<>"), models):
         seconds, accuracy = own["training_seconds"], own["accuracy"]
         if name != "baseline" and not name.startswith("scratch"):  # it began as the baseline
             seconds = seconds + first
-        marker = "Dos^vXP<>*"[(at + at // 10) % 10]
-        style = {"color": f"C{at % 10}", "marker": marker, "capsize": 4, "ls": ""}
+        style = {"label": name, "fmt": marker, "capsize": 4}
         for axes, x in ((left, own["parameters"]), (right, seconds)):
-            axes.errorbar(x.mean(), accuracy.mean(), accuracy.std(), label=name, **style)
+            axes.errorbar(x.mean(), accuracy.mean(), accuracy.std(), **style)
     left.set(xscale="log", xlabel="parameters", ylabel="accuracy on the test images, %")
     right.set(xlabel="all the training behind it, s")
     figure.legend(*left.get_legend_handles_labels(), loc="outside right upper")
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
+    figure.savefig(content := io.BytesIO())
     write(path, content.getvalue())
 
 
 # ----------------------------------------------------------------------------------- main
-
-
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
     """The command line; in a trial of an NNI experiment the trial's parameters are options, too."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -523,8 +506,6 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         parser.error("argument --sparsity: it must lie between 0 and 1, both excluded")
     if not all(0 <= seed < 2**63 for seed in args.seeds):
         parser.error("argument --seeds: they must lie between 0 and 2**63 - 1")
-    for name in ("sparsity", "pruner", "seeds"):  # said twice is meant once
-        setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     if trial and not len(args.pruner) == len(args.sparsity) == len(args.seeds) == 1:
         parser.error("a trial of an NNI experiment needs one --pruner, one --sparsity, one --seed")
     if args.device == "auto":
@@ -553,21 +534,20 @@ def main(argv: list[str] | None = None) -> list[dict]:
     recipe = {"lr": args.lr, "batch_size": args.batch_size or BATCH_SIZE[dataset]}
     if args.baseline:
         about = load_model(args.baseline).about
-        found = about.get("name", "a model of an older version"), about.get("dataset")
-        if found != ("baseline", dataset):
-            raise ExperimentError(f"--baseline {args.baseline} is {found[0]} of {found[1]}")
+        if (about.get("name"), about.get("dataset")) != ("baseline", dataset):
+            raise ExperimentError(f"{args.baseline} is not a baseline of this script on {dataset}")
         epochs = about["epochs"]
+    data = "MNIST" if dataset == "mnist" else "scikit-learn digits, NOT MNIST"
     first = f"{args.baseline} ({epochs})" if args.baseline else epochs
     device = f"CPU, {torch.get_num_threads()} threads" if args.device == "cpu" else args.device
     heading = (
-        f"{'MNIST' if dataset == 'mnist' else 'scikit-learn digits, NOT MNIST'}"
-        f" ({len(training[1]):,} training and {len(testing[1]):,} test images);"
+        f"{data} ({len(training[1]):,} training and {len(testing[1]):,} test images);"
         f" {first} + {finetune_epochs} epochs; seeds {', '.join(map(str, args.seeds))};\n"
         f"{device}{', bf16' * computes_bfloat16(torch.device(args.device))};"
         f" torch {torch.__version__}, NNI {version('nni')}"
     )
-    run = {"heading": heading, "settings": vars(args), "python": sys.version}
-    run["versions"] = {name: version(name) for name in ("torch", "torchvision", "nni", "numpy")}
+    versions = {name: version(name) for name in ("torch", "torchvision", "nni", "numpy")}
+    run = {"heading": heading, "settings": vars(args), "python": sys.version, "versions": versions}
     # The first seed's models lie in the folder itself, those of others in their own.
     homes = {seed: folder / f"seed_{seed}" for seed in args.seeds} | {args.seeds[0]: folder}
     rows = []

@@ -1,7 +1,6 @@
 """What the tests share: the script as a module and as a process, MNIST-format data, an oracle."""
 
 import gzip
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,17 +25,14 @@ def idx_bytes(values: torch.Tensor) -> bytes:
     return bytes((0, 0, 8, values.dim())) + shape + values.byte().numpy().tobytes()
 
 
-def read_idx(path: Path) -> torch.Tensor:
-    """The images or labels of an unpacked file, by code that is not the script's."""
-    content, images = path.read_bytes(), "images" in path.name
-    values = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=16 if images else 8)
-    return values.view(-1, 28, 28) if images else values
-
-
-def read_test_set(data_dir: Path) -> list[torch.Tensor]:
-    """All test images and their labels."""
-    names = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
-    return [read_idx(data_dir / "MNIST" / "raw" / name) for name in names]
+def read_idx(raw: Path) -> list[torch.Tensor]:
+    """Training images and labels, test images and labels, by code that is not the script's."""
+    found = []
+    for name in ARCHIVES:
+        images, content = "images" in name, bytearray((raw / name[:-3]).read_bytes())
+        values = torch.frombuffer(content, dtype=torch.uint8, offset=16 if images else 8)
+        found.append(values.view(-1, 28, 28) if images else values)
+    return found
 
 
 def logits_of(weights: dict, images: torch.Tensor) -> torch.Tensor:
@@ -62,26 +58,22 @@ def saved_weights(path: Path) -> dict:
 
 
 @pytest.fixture(scope="session")
-def archives(tmp_path_factory) -> Path:
-    """A folder with the four .gz files: the real MNIST where it is found, else made of digits."""
-    for folder in (os.environ.get("MNIST_DIR"), ROOT / "data" / "MNIST" / "raw"):
-        if folder and all((Path(folder) / name).is_file() for name in ARCHIVES):
-            return Path(folder)
-    folder = tmp_path_factory.mktemp("archives")
-    _, (x, y), test = script.load_data("digits", folder, None)
-    for name, values in zip(ARCHIVES, (x[:, 1:-1, 1:-1], y, *test), strict=True):
-        (folder / name).write_bytes(gzip.compress(idx_bytes(values), mtime=0))
-    return folder
+def data_dir(tmp_path_factory) -> Path:
+    """A --data-dir with MNIST's four files, packed and unpacked; tests must not change it.
 
-
-@pytest.fixture(scope="session")
-def data_dir(archives, tmp_path_factory) -> Path:
-    """A --data-dir with the four unpacked files of `archives`; tests must not change it."""
-    raw = tmp_path_factory.mktemp("data") / "MNIST" / "raw"
+    The real ones where the first command has left them, else made of the digits.
+    """
+    data_dir = tmp_path_factory.mktemp("data")
+    raw = data_dir / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    for name in ARCHIVES:
-        (raw / Path(name).stem).write_bytes(gzip.decompress((archives / name).read_bytes()))
-    return raw.parent.parent
+    _, (x, y), test = script.load_data("digits", data_dir, None)
+    for name, values in zip(ARCHIVES, (x[:, 1:-1, 1:-1], y, *test), strict=True):
+        real, packed = ROOT / "data" / "MNIST" / "raw" / name, gzip.compress(idx_bytes(values))
+        if real.is_file():
+            packed = real.read_bytes()
+        (raw / name).write_bytes(packed)
+        (raw / name[:-3]).write_bytes(gzip.decompress(packed))
+    return data_dir
 
 
 def run_script(data_dir, folder, *arguments, **keywords) -> subprocess.CompletedProcess:

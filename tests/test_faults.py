@@ -5,7 +5,8 @@ status, and nothing spoilt that was there before.
 import functools
 import hashlib
 import http.server
-import json
+import itertools
+import multiprocessing
 import os
 import pickle
 import random
@@ -23,7 +24,7 @@ import torch
 from torchvision.datasets import MNIST
 
 import NNI_Pruning as script
-from conftest import ARCHIVES, QUICK, ROOT, files_of, idx_bytes, read_idx, run_script
+from conftest import ARCHIVES, QUICK, ROOT, files_of, idx_bytes, read_idx
 
 
 @pytest.fixture
@@ -151,8 +152,8 @@ def test_fuzzed_data_files_are_refused_or_read_right(raw, tmp_path):
         (raw / name).write_bytes(changed)
         try:
             _, (x, y), test = script.load_data("mnist", tmp_path / "data", None)
-            for values, file in zip((x[:, 1:-1, 1:-1], y, *test), ARCHIVES, strict=True):
-                assert values.equal(read_idx(raw / Path(file).stem).to(values.dtype))
+            for values, wanted in zip((x[:, 1:-1, 1:-1], y, *test), read_idx(raw), strict=True):
+                assert values.equal(wanted.to(values.dtype))
             outcomes[0] += 1
         except script.ExperimentError as error:
             assert str(raw) in str(error)
@@ -161,33 +162,24 @@ def test_fuzzed_data_files_are_refused_or_read_right(raw, tmp_path):
     assert min(outcomes) > 20
 
 
-class Mirror(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder; below /html/ a hotel's page answers to everything."""
-
-    def do_GET(self):
-        if not self.path.startswith("/html/"):
-            return super().do_GET()
-        self.send_response(200)
-        self.end_headers()
-        return self.wfile.write(b"<html>Please log in</html>")
-
-    def log_message(self, *_):
-        pass
-
-
-def test_mnist_arrives_from_the_second_mirror(archives, data_dir, tmp_path, monkeypatch):
-    sums = [hashlib.md5((archives / name).read_bytes()).hexdigest() for name in ARCHIVES]
+def test_mnist_arrives_from_the_second_mirror(data_dir, tmp_path, monkeypatch):
+    raw, hotel = data_dir / "MNIST" / "raw", tmp_path / "hotel"
+    hotel.mkdir()
+    for name in ARCHIVES:
+        (hotel / name).write_text("<html>Please log in</html>")
+    (tmp_path / "mirror").symlink_to(raw)
+    sums = [hashlib.md5((raw / name).read_bytes()).hexdigest() for name in ARCHIVES]
     monkeypatch.setattr(MNIST, "resources", [*zip(ARCHIVES, sums, strict=True)])
     monkeypatch.setenv("no_proxy", "*")
-    handler = functools.partial(Mirror, directory=archives)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        mirror = f"http://127.0.0.1:{server.server_port}/"
-        monkeypatch.setattr(MNIST, "mirrors", [f"{mirror}html/", mirror])
+        url = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(MNIST, "mirrors", [f"{url}/hotel/", f"{url}/mirror/"])
         name, (x, y), _ = script.load_data(None, tmp_path, None)
         server.shutdown()
     assert (name, len(y)) == ("mnist", len(x))
-    assert x[:, 1:-1, 1:-1].equal(read_idx(data_dir / "MNIST" / "raw" / IMAGES))
+    assert x[:, 1:-1, 1:-1].equal(read_idx(raw)[0])
 
 
 @pytest.mark.parametrize("dataset", [[], ["--dataset", "mnist"]])
@@ -212,16 +204,17 @@ def test_a_folder_that_cannot_be_made(fails, tmp_path):
     assert "cannot write file/new/.writable" in message
 
 
-def test_a_full_disk_leaves_earlier_files_whole(call, tmp_path):
+def test_a_full_disk_leaves_earlier_files_whole(call, fails, tmp_path):
     call(*QUICK)
-    before = files_of(tmp_path / "checkpoints")
+    before, (soft, hard) = files_of(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
     # The system refuses to let a file grow beyond 5 kB, as on a full disk.
-    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (5000, 5000))
-    process = run_script("data", tmp_path, *QUICK, "--seed", 5, preexec_fn=limit)
-    assert process.returncode == 1
-    last = process.stderr.splitlines()[-1]
-    assert last == "NNI_Pruning.py: error: cannot write checkpoints/baseline.pth: File too large"
-    assert files_of(tmp_path / "checkpoints") == before  # and no temporary file
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    try:
+        message = fails(1, *QUICK, "--seed", 5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert message == "cannot write checkpoints/baseline.pth: File too large"
+    assert files_of(tmp_path) == before  # and no temporary file
 
 
 def test_a_loss_that_diverges(given, call):
@@ -231,7 +224,7 @@ def test_a_loss_that_diverges(given, call):
 
 
 def assert_whole(folder: Path) -> None:
-    for path in folder.glob("*.pth"):
+    for path in folder.rglob("*.pth"):
         script.load_model(path)
     assert script.read_rows([folder / "results.json"])
     assert (folder / "results.csv").read_text().endswith("\n")
@@ -259,49 +252,34 @@ def test_ctrl_c_keeps_what_is_ready(tmp_path):
     assert_whole(tmp_path / "checkpoints")
 
 
-# Each order is a run in a fork of a process that has imported everything: real, and quick. It dies
-# in the middle of its n-th write, or after a fraction of a second.
-DOOMED = """
-import json, os, signal, sys, time
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import NNI_Pruning as script
-import sklearn.datasets, sklearn.model_selection, matplotlib.backends.backend_agg
-script.import_nni()
-write_bytes = Path.write_bytes
-def half(path, content):
-    global moment
-    moment -= 1
-    write_bytes(path, content[: len(content) // 2] if moment == 0 else content)
-    return moment or os.kill(os.getpid(), signal.SIGKILL)
-for line in sys.stdin:
-    moment, argv = json.loads(line)
-    if not (child := os.fork()):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.dup2(1, 2)
-        Path.write_bytes = half
-        script.main(argv)
-        os._exit(0)
-    if moment < 1:
-        time.sleep(moment)
-        os.kill(child, signal.SIGKILL)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
+def doomed(argv: list[str], moment: float) -> None:
+    """The script, dead in the middle of its write of that number; in a fork: real, and quick."""
+    written, write_bytes = itertools.count(1), Path.write_bytes
+
+    def half(path, content):
+        if next(written) != moment:
+            return write_bytes(path, content)
+        write_bytes(path, content[: len(content) // 2])
+        return os.kill(os.getpid(), signal.SIGKILL)
+
+    Path.write_bytes = half
+    torch.set_num_threads(1)  # a fork has no others
+    script.main(argv)
 
 
 @pytest.mark.slow
 def test_sigkill_at_twenty_moments(call, tmp_path):
     call(*QUICK)
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
-    pipes |= {"cwd": tmp_path, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
-    rng = random.Random(1)
-    with subprocess.Popen([sys.executable, "-c", DOOMED, ROOT], **pipes) as driver:
-        for moment in (*range(1, 9), *(rng.uniform(0, 0.9) for _ in range(12))):
-            order = json.dumps([moment, [*QUICK, "--seed", str(rng.randrange(99))]])
-            driver.stdin.write(f"{order}\n")
-            assert int(driver.stdout.readline()) == -signal.SIGKILL, moment
-            assert_whole(tmp_path / "checkpoints")
-        driver.stdin.close()
+    rng, fork = random.Random(1), multiprocessing.get_context("fork")
+    for moment in (*range(1, 9), *(rng.uniform(0, 0.9) for _ in range(12))):
+        seeds = map(str, rng.sample(range(99), 1 if moment >= 1 else 4))  # longer than 0.9 s
+        process = fork.Process(target=doomed, args=([*QUICK, "--seeds", *seeds], moment))
+        process.start()
+        process.join(moment if moment < 1 else None)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, moment
+        assert_whole(tmp_path / "checkpoints")
     rows, *_ = call(*QUICK)  # and the next run works, and clears away what they left
     assert len(rows) == 2
     assert not [name for name in files_of(tmp_path / "checkpoints") if name.startswith(".")]
