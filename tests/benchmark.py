@@ -8,7 +8,6 @@ All in one process, interleaved; medians. No test: timings do not belong into a 
 
 import argparse
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from tabulate import tabulate
 from torch import nn
+from torch.utils.benchmark import timer
 from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
 from torchvision.datasets import MNIST
@@ -30,13 +30,10 @@ GOAL = 99.0  # % of the test images
 RECIPE = {"lr": script.LEARNING_RATE, "batch_size": script.BATCH_SIZE["mnist"], "seed": 0}
 
 
-def seconds_of(work, device: str) -> float:
-    synchronize = torch.accelerator.synchronize if device != "cpu" else lambda: None
-    synchronize()  # a clock tells the truth only once the device has done what it was given
-    start = time.perf_counter()
+def seconds_of(work) -> float:
+    start = timer()  # which waits for the device to have done what it was given
     work()
-    synchronize()
-    return time.perf_counter() - start
+    return timer() - start
 
 
 def stock_epoch(data_dir: Path, size: int, device: str) -> float:
@@ -61,7 +58,7 @@ def stock_epoch(data_dir: Path, size: int, device: str) -> float:
             F.nll_loss(model(batch), target).backward()
             optimizer.step()
 
-    return seconds_of(epoch, device)
+    return seconds_of(epoch)
 
 
 def new_model(sparsity: float, device: str) -> script.CNN:
@@ -77,7 +74,7 @@ def inference(model: script.CNN, images: torch.Tensor) -> float:
     model.eval()
     with torch.inference_mode():
         model(batches[0])
-        return seconds_of(lambda: [model(batch) for batch in batches], images.device.type)
+        return seconds_of(lambda: [model(batch) for batch in batches])
 
 
 def time_to_goal(training, testing) -> float:
@@ -99,7 +96,7 @@ def product_rate(dtype: torch.dtype, device: str) -> float:
     """
     pixels, weight = torch.rand(2, 2048, 2048, device=device).to(dtype)
     pixels, weight = pixels.view(1, 32, 64, 2048).permute(0, 3, 1, 2), weight[:, :, None, None]
-    seconds = min(seconds_of(lambda: F.conv2d(pixels, weight), device) for _ in range(20))
+    seconds = min(seconds_of(lambda: F.conv2d(pixels, weight)) for _ in range(20))
     return 2e-9 * 2048**3 / seconds
 
 

@@ -1,6 +1,7 @@
 """What the tests share: the script as a module and as a process, MNIST-format data, an oracle."""
 
 import gzip
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,14 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torchvision.datasets import MNIST
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import NNI_Pruning as script  # noqa: E402
 
-NAMES = [f"{part}-{kind}" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
-ARCHIVES = [f"{name}-ubyte.gz" for name in NAMES]
+ARCHIVES = [name for name, _ in MNIST.resources]
+SCRIPT = ROOT / "NNI_Pruning.py"
 QUICK = "--dataset digits --subset 200 --epochs 1 --pruner L1NormPruner --sparsity 0.5".split()
 
 
@@ -25,13 +27,13 @@ def idx_bytes(values: torch.Tensor) -> bytes:
     return bytes((0, 0, 8, values.dim())) + shape + values.byte().numpy().tobytes()
 
 
-def read_idx(raw: Path) -> list[torch.Tensor]:
+def read_idx(data_dir: Path) -> list[torch.Tensor]:
     """Training images and labels, test images and labels, by code that is not the script's."""
     found = []
     for name in ARCHIVES:
-        images, content = "images" in name, bytearray((raw / name[:-3]).read_bytes())
-        values = torch.frombuffer(content, dtype=torch.uint8, offset=16 if images else 8)
-        found.append(values.view(-1, 28, 28) if images else values)
+        images, file = "images" in name, data_dir / "MNIST" / "raw" / name[:-3]
+        content = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)
+        found.append(content[16:].view(-1, 28, 28) if images else content[8:].long())
     return found
 
 
@@ -76,11 +78,11 @@ def data_dir(tmp_path_factory) -> Path:
     return data_dir
 
 
-def run_script(data_dir, folder, *arguments, **keywords) -> subprocess.CompletedProcess:
-    """Run the real script as a process in `folder`, on `data_dir`, to its end."""
-    command = [sys.executable, ROOT / "NNI_Pruning.py", "--data-dir", data_dir, *arguments]
-    keywords = {"capture_output": True, "text": True, "timeout": 200, "cwd": folder, **keywords}
-    return subprocess.run([str(word) for word in command], check=False, **keywords)
+def python(folder, *arguments, env=None) -> subprocess.CompletedProcess:
+    """Run Python, most often with SCRIPT, as a process in `folder`, to its end."""
+    command = [sys.executable, *map(str, arguments)]
+    pipes = {"capture_output": True, "text": True, "timeout": 200}
+    return subprocess.run(command, check=False, cwd=folder, env=env, **pipes)
 
 
 @pytest.fixture
@@ -96,6 +98,12 @@ def call(tmp_path, monkeypatch, capsys):
         return result, *capsys.readouterr()
 
     return start
+
+
+def table_of(text: str) -> dict[str, list[str]]:
+    """The cells of a report's table by model; cells are two or more spaces apart."""
+    body = re.search(r"^---.*?\n(.*?)\n\n", text, re.MULTILINE | re.DOTALL)[1].splitlines()
+    return {name: cells for name, *cells in (re.split(r"\s{2,}", line) for line in body)}
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -1,14 +1,13 @@
 """Statistics, verdicts, table, picture and result files, against cases worked out by hand."""
 
 import json
-import re
 
 import pytest
 from matplotlib.figure import Figure
 from scipy import stats
 
 import NNI_Pruning as script
-from conftest import QUICK, ROOT, accuracy_of, read_idx, saved_weights
+from conftest import QUICK, ROOT, accuracy_of, read_idx, saved_weights, table_of
 
 REFERENCE = ROOT / "checkpoints" / "reference"
 
@@ -70,19 +69,14 @@ def test_answers():
     assert found["pruning is better than scratch_0.5_8_epochs"]["answer"] == "yes"
 
 
-def cells_of(rows: list[dict], name: str) -> list[str]:
-    text = script.report(script.as_frame(rows))
-    return re.split(r"\s{2,}", next(line for line in text.splitlines() if line.startswith(name)))
-
-
 def test_a_line_of_the_table():
     # Seeds in another order, and one of the baseline's without a pruned model: paired by seed all
     # the same. The standard deviation of 99.0 and 99.4 is 0.28 (of the sample; 0.20 of all).
     rows = rows_of({"baseline": [99.5, 99.7, 50.0]}, seeds=[0, 1, 9])
     rows += rows_of({"L1NormPruner_0.5": [99.4, 99.0]}, seeds=[1, 0])
-    cells = cells_of(rows, "L1NormPruner_0.5")
-    assert cells[1:5] == ["10.00 ± 0.00", "99.20 ± 0.28", "-0.40", "250"]
-    assert cells[5:] == ["4.0×", "5,000", "2.5 ± 0.7", "3.4×"]  # (8 + 9) / (2 + 3)
+    cells = table_of(script.report(script.as_frame(rows)))["L1NormPruner_0.5"]
+    assert cells[:4] == ["10.00 ± 0.00", "99.20 ± 0.28", "-0.40", "250"]
+    assert cells[4:] == ["4.0×", "5,000", "2.5 ± 0.7", "3.4×"]  # (8 + 9) / (2 + 3)
 
 
 def test_one_seed_says_how_far_apart_is_apart():
@@ -94,12 +88,11 @@ def test_one_seed_says_how_far_apart_is_apart():
 
 
 def test_marks_of_the_picture_are_where_they_belong(tmp_path, monkeypatch):
-    figures, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda *a, **k: (figures.append(a[0]), save(*a, **k)))
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file: figures.append(figure))
     rows = rows_of({"baseline": [99.5, 99.7], "FPGMPruner_0.5": [99.0, 99.4]})
     rows += rows_of({"scratch_0.5_3_epochs": [98.0, 98.0]})
     script.draw(script.as_frame(rows), tmp_path / "results.png")
-    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
     marks = [[c.lines[0].get_xydata()[0] for c in axes.containers] for axes in figures[0].axes]
     assert [mark.tolist() for mark in marks[0]] == [[1000, 99.6], [250, 99.2], [250, 98]]
     # All the training: the pruned model's 2.5 s after the baseline's 8.5 s.
@@ -109,16 +102,14 @@ def test_marks_of_the_picture_are_where_they_belong(tmp_path, monkeypatch):
 def test_a_report_of_earlier_runs(call, tmp_path):
     rows, out, _ = call(*QUICK, "--seeds", 0, 1)
     content = json.loads((tmp_path / "checkpoints" / "results.json").read_text())
+    heading, table = out.split("\n\n", 1)
+    assert content["heading"] == heading
     assert content["rows"] == json.loads(json.dumps(rows))
-    table = out.split("\n\n", 1)[1]
-    assert content["heading"] == out.split("\n\n")[0]
     again, printed, _ = call("--report", "checkpoints/results.json")
     assert again == content["rows"]
     assert printed == table
-    trials = [
-        {"value": json.dumps({"default": 1.0, "rows": content["rows"][at : at + 2]})}
-        for at in (0, 2)
-    ]
+    runs = [{"default": 1.0, "rows": content["rows"][at : at + 2]} for at in (0, 2)]
+    trials = [{"value": json.dumps(run)} for run in runs]
     (tmp_path / "trials.json").write_text(json.dumps(trials))
     assert call("--report", "trials.json")[1] == table  # an export of NNI's trials, a seed each
     for row in content["rows"]:
@@ -134,7 +125,7 @@ def test_a_report_of_earlier_runs(call, tmp_path):
 
 
 def test_reference_models_have_the_accuracies_of_their_results(data_dir):
-    *_, images, labels = read_idx(data_dir / "MNIST" / "raw")
+    *_, images, labels = read_idx(data_dir)
     if len(labels) != 10_000:
         pytest.skip("this is not the real MNIST")
     rows = {row["name"]: row for row in script.read_rows([REFERENCE / "results.json"])[::-1]}

@@ -22,7 +22,7 @@ import requests
 import yaml
 
 import NNI_Pruning as script
-from conftest import ROOT, run_script
+from conftest import ROOT, SCRIPT, python
 
 BIN = Path(sys.executable).parent
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
@@ -69,7 +69,7 @@ def sweep(config: dict, folder: Path, data_dir: Path, meanwhile=lambda: None) ->
     for name in ("NNI_Pruning.py", ".nniignore"):
         shutil.copy(ROOT / name, code)
     first = f"{SMALL} --sparsity 0.5 --pruner L1NormPruner".split()
-    run_script(data_dir, code, *first).check_returncode()
+    python(code, SCRIPT, "--data-dir", data_dir, *first).check_returncode()
     small = f"NNI_Pruning.py --data-dir '{data_dir}' {SMALL}"  # the README's but for its size
     config["trialCommand"] = config["trialCommand"].replace("NNI_Pruning.py", small)
     (code / "sweep.yml").write_text(yaml.safe_dump(config))
@@ -221,7 +221,8 @@ def test_what_a_trial_reports(data_dir, tmp_path):
     names = {"PLATFORM": "local", "TRIAL_JOB_ID": "one", "SYS_DIR": ".", "OUTPUT_DIR": "."}
     trial = os.environ | {f"NNI_{name}": value for name, value in names.items()}
     # A prime number: no share of 601 images is also one of the 100 test images, but 0 and all.
-    process = run_script(data_dir, tmp_path, *SMALL.split(), "--subset", 601, env=trial)
+    options = ["--data-dir", data_dir, *SMALL.split(), "--subset", 601]
+    process = python(tmp_path, SCRIPT, *options, env=trial)
     assert process.returncode == 0, process.stderr
     assert "Warning" not in process.stderr
     text = (tmp_path / ".nni" / "metrics").read_text()
