@@ -283,20 +283,23 @@ def prune(
     Start" and "Speed Up Model with Mask". The copy is on the CPU and in eval mode; its parameters
     are new tensors, so make the optimizer for its fine-tuning afterwards.
 
-    `model` is any network of one input and one output tensor that torch.fx can trace; `pruner` a
-    name of PRUNERS; `example_input` a batch of eight or so: with a single input NNI may find less
-    to prune. `keep` names layers, or blocks of layers, that keep all their channels: the output
-    layer, whose channels are the classes, and others. Layers whose outputs are added up keep each
-    channel that one of them keeps. ExperimentError where the network cannot be traced or shrunk.
+    `model` is any network of one input and one output tensor that torch.fx can trace; its Conv2d
+    and Linear layers are pruned. `pruner` is a name of PRUNERS; `example_input` a batch of eight or
+    so: with a single input NNI may find less to prune. `keep` names layers, or blocks of layers,
+    that keep all their channels: the output layer, whose channels are the classes, and others.
+    Layers whose outputs are added up keep each channel that one of them keeps. ExperimentError
+    where the network cannot be traced or shrunk.
     """
-    nni = import_nni()
-    compact, example_input = copy.deepcopy(model).cpu().eval(), example_input.cpu()
+    nni, keep = import_nni(), [keep] if isinstance(keep, str) else keep
     with contextlib.redirect_stdout(io.StringIO()):  # NNI prints
         try:
+            if not 0 < sparsity < 1:
+                raise ValueError("sparsity must lie between 0 and 1, both excluded")
+            compact, example_input = copy.deepcopy(model).cpu().eval(), example_input.cpu()
             blocks = [compact.get_submodule(name).named_modules(prefix=name) for name in keep]
             whole = [name for block in blocks for name, _ in block]
             config = {"op_types": ["Conv2d", "Linear"], "exclude_op_names": whole}
-            config["sparse_ratio"] = sparsity  # the share to go, not the density
+            config["sparse_ratio"] = float(sparsity)  # the share to go, not the density
             shape = compact(example_input).shape
             nni_pruner = getattr(nni.compression.pruning, pruner)(compact, [config])
             _, masks = nni_pruner.compress()
@@ -310,9 +313,11 @@ def prune(
                 raise ValueError("it gives another shape: does keep name the output layer?")
             if not count_parameters(compact) < count_parameters(model):
                 raise ValueError("no channel went: the sparsity is too low")
+            for name, parameter in compact.named_parameters():  # what was frozen stays frozen
+                parameter.requires_grad_(model.get_parameter(name).requires_grad)
         except Exception as error:  # whatever NNI or the tracer raises
-            reason = f"{type(error).__name__}: {error}"
-            raise ExperimentError(f"{pruner} at {sparsity} cannot prune it ({reason})") from error
+            asked = f"the network cannot be pruned with {pruner}, sparsity {sparsity}, keep {keep}"
+            raise ExperimentError(f"{asked}: {type(error).__name__}: {error}") from error
     return compact
 
 
@@ -344,20 +349,21 @@ def as_frame(rows: list[dict]):
     return frame.drop_duplicates(["name", "seed"])  # a sweep's trials each measured the baseline
 
 
-def read_rows(paths: list[Path]) -> list[dict]:
-    """The rows of results.json files and exports of NNI's trials; ExperimentError otherwise."""
-    rows = []
+def read_results(paths: list[Path]) -> tuple[str, list[dict]]:
+    """Heading and rows of results.json files and exports of NNI's trials; else ExperimentError."""
+    headings, rows = [], []
     for path in paths:
         try:
             runs = json.loads(path.read_text(encoding="utf-8"))
             # An export is a list: of what each trial reported at its end, as text.
             runs = [json.loads(run["value"]) for run in runs] if isinstance(runs, list) else [runs]
+            headings += [run["heading"] for run in runs]
             rows += [row for run in runs for row in run["rows"]]
             as_frame(rows)
         except (OSError, ValueError, KeyError, TypeError) as error:
             what = "no results.json of this script and no export of its NNI trials, or does not fit"
             raise ExperimentError(f"{path} is {what} ({type(error).__name__}: {error})") from error
-    return rows
+    return "\n".join(dict.fromkeys(headings)), rows  # each heading once
 
 
 def verdicts(rows) -> list[dict]:
@@ -426,8 +432,8 @@ def report(rows) -> str:
     table = tabulate(lines, headers="keys", **looks)
     if claims := verdicts(rows):
         below = tabulate(claims, headers="keys", floatfmt="+.2f")
-        below += "\n\nIn pp, with Student's 95 % interval, paired by seed; of the pruners' mean."
-        return f"{table}\n\n{below}"
+        note = "In pp; Student's 95 % interval, paired by seed; unless named, the pruners' mean."
+        return f"{table}\n\n{below}\n\n{note}"
     # 95 % of the difference of two proportions, with a right and a wrong image added to each
     # (Agresti and Caffo 2000): honest also where all images are right.
     images = rows["test_images"].min()
@@ -473,17 +479,25 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("NNI_Pruning.py", description=title, allow_abbrev=False)
     devices = ["cpu", *(name for name in ("mps", "cuda") if getattr(torch, name).is_available())]
     add, shown, several = parser.add_argument, "(default: %(default)s)", {"nargs": "+"}
-    add("--data-dir", type=Path, default="data", help=f"of MNIST, downloaded if missing {shown}")
+    add("--data-dir", type=Path, default="data", help=f"MNIST's, downloaded if missing {shown}")
     add("--dataset", choices=("mnist", "digits"), help="default: mnist; digits where that fails")
-    add("--checkpoint-dir", type=Path, default="checkpoints", help=f"for all results {shown}")
+    add(
+        "--checkpoint-dir", type=Path, default="checkpoints", help=f"folder for all results {shown}"
+    )
     add("--epochs", type=int, help=f"of the baseline (default: {EPOCHS})")
     add("--finetune-epochs", type=int, help="of each pruned model (default: as --epochs)")
     add("--batch-size", type=int, help=f"in images (default: {BATCH_SIZE})")
     add("--lr", type=float, default=LEARNING_RATE, help=f"peak learning rate {shown}")
-    add("--sparsity", type=float, default=SPARSITIES, help=f"shares to go {shown}", **several)
+    add(
+        "--sparsity",
+        type=float,
+        default=SPARSITIES,
+        help=f"of channels to remove {shown}",
+        **several,
+    )
     add("--pruner", choices=PRUNERS, default=PRUNERS, help=f"to compare {shown}", **several)
     add("--subset", type=int, metavar="N", help="use at most N training and N/6 test images")
-    add("--seeds", "--seed", type=int, default=[0], help=f"one run for each {shown}", **several)
+    add("--seeds", "--seed", type=int, default=[0], help=f"a run for each {shown}", **several)
     add("--controls", action="store_true", help="baseline trained on, compact nets from scratch")
     add("--device", choices=("auto", *devices), default="auto", help=f"to train on {shown}")
     add("--baseline", type=Path, metavar="PTH", help="start from this file (default: train one)")
@@ -508,9 +522,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
     args = parse_options(argv)
     folder = args.checkpoint_dir / os.environ.get("NNI_TRIAL_JOB_ID", "")  # trials share no files
     if args.report:
-        rows = read_rows(args.report)
+        heading, rows = read_results(args.report)
         frame = as_frame(rows)
-        print(report(frame))
+        print(f"{heading}\n\n{report(frame)}")
         draw(frame, folder / "results.png")
         return rows
     nni, trial = import_nni(), "NNI_PLATFORM" in os.environ
@@ -595,7 +609,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
             # NNI 3.0 hands two trials that start together each other's parameters, and its records
             # keep the swap. In the exported CSV these, the true ones, take the records' place.
             (row,) = (row for row in rows if row["pruner"])
-            final = {**row, **(nni.get_current_parameter() or {}), "rows": rows}
+            final = {**row, **(nni.get_current_parameter() or {}), "heading": heading, "rows": rows}
             nni.report_final_result({**final, "default": row["accuracy"]})
     finally:  # what is finished is shown, whatever happened
         if rows:

@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 from torchvision.datasets import MNIST
+from tqdm import tqdm
 
 import NNI_Pruning as script
 from conftest import ARCHIVES, QUICK, SCRIPT, files_of, idx_bytes, read_idx
@@ -217,7 +218,7 @@ def test_a_loss_that_diverges(given, call):
 def assert_whole(folder: Path) -> None:
     for path in folder.rglob("*.pth"):
         script.load_model(path)
-    assert script.read_rows([folder / "results.json"])
+    assert script.read_results([folder / "results.json"])
     assert (folder / "results.csv").read_text().endswith("\n")
     assert (folder / "results.png").read_bytes().endswith(b"IEND\xaeB`\x82")
 
@@ -255,6 +256,7 @@ def doomed(argv: list[str], moment: float) -> None:
 
     Path.write_bytes = half
     torch.set_num_threads(1)  # a fork has no others
+    tqdm.set_lock(threading.RLock())  # of its own: the shared one would stay locked by the dead
     script.main(argv)
 
 

@@ -102,16 +102,14 @@ def test_marks_of_the_picture_are_where_they_belong(tmp_path, monkeypatch):
 def test_a_report_of_earlier_runs(call, tmp_path):
     rows, out, _ = call(*QUICK, "--seeds", 0, 1)
     content = json.loads((tmp_path / "checkpoints" / "results.json").read_text())
-    heading, table = out.split("\n\n", 1)
-    assert content["heading"] == heading
+    assert content["heading"] == out.split("\n\n")[0]
     assert content["rows"] == json.loads(json.dumps(rows))
     again, printed, _ = call("--report", "checkpoints/results.json")
     assert again == content["rows"]
-    assert printed == table
-    runs = [{"default": 1.0, "rows": content["rows"][at : at + 2]} for at in (0, 2)]
-    trials = [{"value": json.dumps(run)} for run in runs]
+    assert printed == out
+    trials = [{"value": json.dumps(content | {"rows": rows[at : at + 2]})} for at in (0, 2)]
     (tmp_path / "trials.json").write_text(json.dumps(trials))
-    assert call("--report", "trials.json")[1] == table  # an export of NNI's trials, a seed each
+    assert call("--report", "trials.json")[1] == out  # an export of NNI's trials, a seed each
     for row in content["rows"]:
         row["accuracy"] -= 1  # of a run with other settings, say
     (tmp_path / "other.json").write_text(json.dumps(content))
@@ -128,7 +126,8 @@ def test_reference_models_have_the_accuracies_of_their_results(data_dir):
     *_, images, labels = read_idx(data_dir)
     if len(labels) != 10_000:
         pytest.skip("this is not the real MNIST")
-    rows = {row["name"]: row for row in script.read_rows([REFERENCE / "results.json"])[::-1]}
+    _, rows = script.read_results([REFERENCE / "results.json"])
+    rows = {row["name"]: row for row in rows[::-1]}
     paths = sorted(REFERENCE.glob("*.pth"))
     assert len(paths) == 5
     for path in paths:

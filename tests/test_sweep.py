@@ -232,5 +232,7 @@ def test_what_a_trial_reports(data_dir, tmp_path):
     *shares, final = [json.loads(metric["value"]) for metric in reported]
     right = [share / 100 * 601 for share in shares]
     assert right == pytest.approx([round(number) for number in right])
-    rows = json.loads((tmp_path / "checkpoints" / "one" / "results.json").read_text())["rows"]
-    assert final == {**rows[-1], **given, "rows": rows, "default": rows[-1]["accuracy"]}
+    results = json.loads((tmp_path / "checkpoints" / "one" / "results.json").read_text())
+    shared = {name: results[name] for name in ("heading", "rows")}
+    row = results["rows"][-1]
+    assert final == {**row, **given, **shared, "default": row["accuracy"]}
