@@ -274,7 +274,7 @@ def import_nni():
 
 
 def prune(
-    model: nn.Module, pruner: str, sparsity: float, example_input: Tensor, keep: list[str]
+    model: nn.Module, pruner: str, sparsity: float, example_input: Tensor, keep: str | list[str]
 ) -> nn.Module:
     """A really smaller copy of a network, without the share `sparsity` of each layer's channels.
 

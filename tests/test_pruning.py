@@ -100,7 +100,7 @@ def test_networks_of_torchvision(network, pruner):
     next(model.parameters()).requires_grad_(False)
     before = copy.deepcopy(model.state_dict())
     images, labels = torch.rand(8, 3, 64, 64), torch.arange(8)
-    compact = script.prune(model, pruner, 0.5, images, keep=[OTHERS[network]])
+    compact = script.prune(model, pruner, 0.5, images, keep=OTHERS[network])
     assert model.training
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
     assert type(compact) is type(model)
