@@ -149,11 +149,12 @@ def machine(home: Path):
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
     if os.geteuid() == 0:
         Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # which init makes elsewhere
-    # StrictModes: others may write above our folder. PIP_NO_INDEX: NNI would upgrade itself.
+    # StrictModes: others may write above our folder. PIP_*: NNI would install itself and its
+    # typeguard anew, from an index; for users of Python 3.14 the README sets no-deps.
     command = (
         f"{SSHD} -De -f /dev/null -h {key} -o AuthorizedKeysFile={key}.pub -o StrictModes=no"
         f" -o ListenAddress=127.0.0.1:{port} -o PidFile=none -o Subsystem=sftp\tinternal-sftp"
-        f" -o SetEnv=HOME={home}\tPIP_NO_INDEX=1"
+        f" -o SetEnv=HOME={home}\tPIP_NO_INDEX=1\tPIP_NO_DEPS=1"
     )
     server = subprocess.Popen(command.split(" "), stderr=subprocess.PIPE, text=True)
     try:
