@@ -481,20 +481,12 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     add, shown, several = parser.add_argument, "(default: %(default)s)", {"nargs": "+"}
     add("--data-dir", type=Path, default="data", help=f"MNIST's, downloaded if missing {shown}")
     add("--dataset", choices=("mnist", "digits"), help="default: mnist; digits where that fails")
-    add(
-        "--checkpoint-dir", type=Path, default="checkpoints", help=f"folder for all results {shown}"
-    )
+    add("--checkpoint-dir", type=Path, default="checkpoints", help=f"for all results {shown}")
     add("--epochs", type=int, help=f"of the baseline (default: {EPOCHS})")
     add("--finetune-epochs", type=int, help="of each pruned model (default: as --epochs)")
     add("--batch-size", type=int, help=f"in images (default: {BATCH_SIZE})")
     add("--lr", type=float, default=LEARNING_RATE, help=f"peak learning rate {shown}")
-    add(
-        "--sparsity",
-        type=float,
-        default=SPARSITIES,
-        help=f"of channels to remove {shown}",
-        **several,
-    )
+    add("--sparsity", type=float, default=SPARSITIES, help=f"channel sparsity {shown}", **several)
     add("--pruner", choices=PRUNERS, default=PRUNERS, help=f"to compare {shown}", **several)
     add("--subset", type=int, metavar="N", help="use at most N training and N/6 test images")
     add("--seeds", "--seed", type=int, default=[0], help=f"a run for each {shown}", **several)
