@@ -136,7 +136,8 @@ def main() -> None:
     lines = []
     for name, value in seconds.items():
         baseline = seconds["inference at 0" if "inference" in name else "our epoch at 0"]
-        rate = cases[name][1] / value / 1e9 if cases.get(name, (None, 0))[1] else None
+        _, flops = cases.get(name, (None, 0))
+        rate = flops / value / 1e9 if flops else None
         lines.append((name, value, value / seconds[STOCK], value / baseline, rate))
     product_rates = (product_rate(dtype, device) for dtype in (torch.float32, torch.bfloat16))
     print(

@@ -70,9 +70,8 @@ def data_dir(tmp_path_factory) -> Path:
     raw.mkdir(parents=True)
     _, (x, y), test = script.load_data("digits", data_dir, None)
     for name, values in zip(ARCHIVES, (x[:, 1:-1, 1:-1], y, *test), strict=True):
-        real, packed = ROOT / "data" / "MNIST" / "raw" / name, gzip.compress(idx_bytes(values))
-        if real.is_file():
-            packed = real.read_bytes()
+        real = ROOT / "data" / "MNIST" / "raw" / name
+        packed = real.read_bytes() if real.is_file() else gzip.compress(idx_bytes(values))
         (raw / name).write_bytes(packed)
         (raw / name[:-3]).write_bytes(gzip.decompress(packed))
     return data_dir
