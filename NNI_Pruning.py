@@ -16,6 +16,7 @@ import argparse
 import ast
 import contextlib
 import copy
+import hashlib
 import io
 import json
 import logging
@@ -24,8 +25,9 @@ import os
 import socket
 import sys
 import warnings
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
-from itertools import cycle, product
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -33,46 +35,54 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-# Other packages are imported where they are used: load_model needs torch alone, prune NNI too.
+# The other packages are imported in the functions that use them: load_model needs only torch, and
+# prune only torch and NNI.
 
 PRUNERS = ("L1NormPruner", "FPGMPruner")
-SPARSITIES = (0.5, 0.75)  # the two configurations: the share of each layer's channels that goes
+SPARSITIES = (0.5, 0.75)  # the two configurations: the share of each layer's channels to remove
 
-# Output channels of the three convolutions and of the hidden linear layer. At 0.75 the convolutions
-# keep 8, 16 and 32: whole vectors of a processor, which odd widths would leave half empty.
+# The layers of CNN that are pruned, and their output channels. At sparsity 0.75 the convolutions
+# keep 8, 16 and 32 channels. These fill a processor's vector registers; odd numbers would not.
+LAYERS = ("conv1", "conv2", "conv3", "hidden")
 WIDTHS = (32, 64, 128, 48)
-LAYERS = ("conv1", "conv2", "conv3", "hidden")  # those layers, by their names in CNN
 
-EPOCHS = {"mnist": 3, "digits": 20}  # the 1,437 digits make few steps an epoch
+EPOCHS = {"mnist": 3, "digits": 20}  # an epoch of the 1,437 digits has few steps
 BATCH_SIZE = {"mnist": 256, "digits": 64}
 LEARNING_RATE = 1e-2  # the peak of the one-cycle schedule
 LABEL_SMOOTHING = 0.1
-MAX_SHIFT = 1  # pixels by which training images are moved, up or down and left or right
+MAX_SHIFT = 1  # training images move by up to this many pixels, vertically and horizontally
 
-MEAN, DEVIATION = 0.1307, 0.3081  # of MNIST's training pixels, scaled to 0..1
-TOLERANCE = 0.1  # percentage points: a smaller fall counts as accuracy that holds
+MEAN = 0.1307  # of MNIST's training pixels, scaled to 0..1
+DEVIATION = 0.3081  # standard deviation of the same pixels
+TOLERANCE = 0.1  # percentage points: accuracy holds if it falls by less
 
 
 class ExperimentError(Exception):
-    """What a user can mend: printed as a message, without a traceback."""
+    """An error that the user can fix. It is printed as a message, without a traceback."""
+
+
+class MissingDataError(ExperimentError):
+    """MNIST is not there and could not be downloaded."""
 
 
 # ---------------------------------------------------------------------------------- model
 class CNN(nn.Module):
-    """Three convolutions, two of them with max pooling and batch normalisation, two linear layers.
+    """A small CNN for 28 x 28 images: three convolutions and two linear layers.
 
-    The same class is the baseline and every pruned model; only `widths` differ: output channels of
-    conv1, conv2, conv3, and output features of hidden. Input: float (N, 1, 28, 28), pixels in 0..1
-    normalised with MEAN and DEVIATION. Output: (N, 10) logits.
+    The baseline and all pruned models are of this class. They differ in `widths`: the output
+    channels of conv1, conv2 and conv3, and the output features of hidden.
+
+    Input: float (N, 1, 28, 28), pixels in 0..1, normalised with MEAN and DEVIATION.
+    Output: float (N, 10), logits.
     """
 
     def __init__(self, widths: tuple[int, ...] = WIDTHS) -> None:
         super().__init__()
         c1, c2, c3, features = widths
-        # On the largest map pooling and normalising cost more time than the convolution itself. So
-        # conv1 has stride 2 instead, and no BatchNorm: what it is shown is normalised already.
+        # On the largest map, pooling and normalisation would take longer than the convolution. So
+        # conv1 has stride 2 instead of pooling, and no BatchNorm: its input is normalised already.
         self.conv1 = nn.Conv2d(1, c1, 5, stride=2)  # 28 -> 12
-        # No bias before a BatchNorm, which brings its own.
+        # A convolution before a BatchNorm needs no bias: BatchNorm has one.
         self.conv2 = nn.Conv2d(c1, c2, 3, bias=False)  # 12 -> 10, pooled to 5
         self.norm2 = nn.BatchNorm2d(c2)
         self.conv3 = nn.Conv2d(c2, c3, 3, padding=1, bias=False)  # 5 -> 5, pooled to 2
@@ -82,7 +92,7 @@ class CNN(nn.Module):
         self.output = nn.Linear(features, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        # Pooled first, a map takes a quarter of the work to normalise.
+        # Pooling comes before normalisation: the smaller map takes a quarter of the work.
         x = F.relu(self.conv1(images), inplace=True)
         x = F.relu(self.norm2(self.pool(self.conv2(x))), inplace=True)
         x = F.relu(self.norm3(self.pool(self.conv3(x))), inplace=True)
@@ -91,7 +101,8 @@ class CNN(nn.Module):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        return tuple(len(getattr(self, layer).weight) for layer in LAYERS)
+        layers = (getattr(self, name) for name in LAYERS)
+        return tuple(len(layer.weight) for layer in layers)
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -99,8 +110,8 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def count_macs(model: CNN) -> int:
-    """Multiply-accumulates of one image's forward pass: half of torch's count of operations."""
-    model.eval()  # else BatchNorm would take the zeros into its statistics
+    """Multiply-accumulates (MACs) of one image's forward pass: half of torch's operation count."""
+    model.eval()  # in training mode, BatchNorm's statistics would move
     image = torch.zeros(1, 1, 28, 28, device=model.output.weight.device)
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model(image)
@@ -108,69 +119,126 @@ def count_macs(model: CNN) -> int:
 
 
 def load_model(path: str | Path) -> CNN:
-    """The ready model of a .pth file, on the CPU and in eval mode; `about` has its other values.
+    """Load a model that this script saved; it is on the CPU and in eval mode.
 
-    ExperimentError where the file is missing, damaged or another's.
+    `model.about` is a dictionary of what else the file holds: name, accuracy, epochs and so on.
+    Raises ExperimentError if the file cannot be read or is not a model saved by this script.
     """
     try:
-        about = torch.load(path, map_location="cpu", weights_only=True)  # runs no code of the file
-        weights = about.pop("state_dict")
-        model = CNN(tuple(len(weights[f"{layer}.weight"]) for layer in LAYERS))
+        content = torch.load(
+            path, map_location="cpu", weights_only=True
+        )  # runs no code in the file
+        weights = content.pop("state_dict")
+        widths = [len(weights[f"{layer}.weight"]) for layer in LAYERS]
+        model = CNN(tuple(widths))
         model.load_state_dict(weights)
-    except Exception as error:  # whatever a damaged or strange file makes torch raise
-        reason = f"missing, damaged or not a model of this script: {type(error).__name__}"
-        raise ExperimentError(f"{path} cannot be loaded ({reason})") from error
-    model.about = about
+    except Exception as error:  # a damaged file can make torch raise almost any error
+        raise ExperimentError(
+            f"{path} cannot be read, or is not a model saved by this script"
+            f" ({type(error).__name__})"
+        ) from error
+    model.about = content
     return model.eval()
 
 
+def save_model(path: Path, model: CNN, about: dict) -> None:
+    """Save a model with the values of `about` in a file for load_model."""
+    weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
+    file = io.BytesIO()
+    torch.save({**about, "state_dict": weights}, file)
+    write(path, file.getvalue())
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Twelve hexadecimal digits that differ between models of different weights."""
+    digest = hashlib.sha256()
+    for value in model.state_dict().values():
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
 # ----------------------------------------------------------------------------------- data
-def load_data(name: str | None, data_dir: Path, subset: int | None):
-    """Load MNIST or scikit-learn's digits; with name None MNIST, or the digits if that fails.
+def load_mnist(data_dir: Path):
+    """Training and test set of MNIST, downloaded if they are not in `data_dir`.
 
-    With `subset`, so many training and a sixth as many test images, the same for every seed.
-    Returns the name, (images, labels) for training and (images, labels) for testing. Images: uint8
-    (N, 28, 28), for training padded with MAX_SHIFT pixels of background on each side, so that a
-    shifted image is a mere slice; labels: int64 (N,). ExperimentError where MNIST is damaged, or
-    was asked for by name and is not to be had.
+    Raises MissingDataError if MNIST is not there and cannot be downloaded, and ExperimentError if
+    its files cannot be read.
     """
-    if name != "digits":
-        from torchvision.datasets import MNIST
+    from torchvision.datasets import MNIST
 
-        socket.setdefaulttimeout(10)  # seconds; torchvision sets none and would wait for ever
+    socket.setdefaulttimeout(10)  # seconds; torchvision sets no time-out and could wait for ever
+    parts = []
+    try:
+        for is_train in (True, False):
+            part = MNIST(data_dir, train=is_train, download=True)
+            if part.data.shape != (len(part.targets), 28, 28) or part.targets.max() > 9:
+                raise ValueError("not as many labels 0 to 9 as images of 28 x 28")
+            parts.append((part.data, part.targets))
+    except Exception as error:  # torchvision raises the same error for no network and bad files
+        raw = data_dir / "MNIST" / "raw"
+        reason = " ".join(str(error).split())
+        if raw.is_dir() and any(raw.iterdir()):
+            message = f"MNIST cannot be read: {reason}; delete {raw} and run again"
+            raise ExperimentError(message) from error
+        message = f"MNIST could not be downloaded: {reason}; put its .gz files into {raw}"
+        raise MissingDataError(message) from error
+    return parts
+
+
+def load_small_digits():
+    """Training and test set of scikit-learn's 1,797 handwritten digits, in MNIST's form."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    pixels, labels = load_digits(return_X_y=True)  # 8 x 8 pixels, 0 to 16
+    images = torch.tensor(pixels).float().view(-1, 1, 8, 8) / 16 * 255
+    images = F.interpolate(images, size=(20, 20), mode="bilinear").round().byte()
+    images = F.pad(images, (4, 4, 4, 4)).squeeze(1)  # 20 x 20 in a frame of 28 x 28, as MNIST
+    labels = torch.tensor(labels)
+    indices = torch.arange(len(labels))
+    train_part, test_part = train_test_split(
+        indices, test_size=0.2, random_state=0, stratify=labels
+    )
+    return [(images[train_part], labels[train_part]), (images[test_part], labels[test_part])]
+
+
+def load_data(name: str | None, data_dir: Path, subset: int | None):
+    """Load "mnist" or "digits"; if `name` is None, MNIST, or the digits if there is no MNIST.
+
+    With `subset`, loads that many training images and a sixth as many test images. Every seed gets
+    the same ones.
+
+    Returns the name, (images, labels) for training and (images, labels) for testing. Images are
+    uint8 (N, 28, 28). Those for training have MAX_SHIFT more pixels of background on each side, so
+    that a slice is a shifted image. Labels are int64 (N,).
+
+    Raises ExperimentError if MNIST cannot be read, or is asked for and cannot be downloaded.
+    """
+    dataset = name or "mnist"
+    if dataset == "mnist":
         try:
-            parts = [MNIST(data_dir, train=train, download=True) for train in (True, False)]
-            parts = [(part.data, part.targets) for part in parts]
-            for x, y in parts:
-                if x.shape != (len(y), 28, 28) or y.max() > 9:
-                    raise ValueError("not as many labels 0 to 9 as images of 28 x 28")
-            name = "mnist"
-        except Exception as error:  # torchvision raises the same for no network and for bad files
-            raw = data_dir / "MNIST" / "raw"
-            there = raw.is_dir() and any(raw.iterdir())
-            advice = f"delete {raw} and run again" if there else f"put its .gz files into {raw}"
-            message = f"MNIST is not to be had: {' '.join(str(error).split())}; {advice}"
-            if there or name == "mnist":
-                raise ExperimentError(message) from error
-            print(f"{message}. Going on with scikit-learn's digits", file=sys.stderr)
-            name = "digits"
-    if name == "digits":
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-
-        # 1,797 handwritten digits of 8 x 8, in MNIST's form: 20 x 20 in a frame of 28.
-        x, y = map(torch.tensor, load_digits(return_X_y=True))
-        x = F.interpolate(x.float().view(-1, 1, 8, 8) / 16 * 255, size=(20, 20), mode="bilinear")
-        x = F.pad(x.round().byte(), (4, 4, 4, 4)).squeeze(1)
-        split = train_test_split(torch.arange(len(y)), test_size=0.2, random_state=0, stratify=y)
-        parts = [(x[part], y[part]) for part in split]
+            training, testing = load_mnist(data_dir)
+        except MissingDataError as error:
+            if name == "mnist":
+                raise
+            print(f"{error}. Using scikit-learn's digits instead.", file=sys.stderr)
+            dataset = "digits"
+    if dataset == "digits":
+        training, testing = load_small_digits()
     if subset is not None:
         generator = torch.Generator().manual_seed(0)
-        for at, size in enumerate((subset, max(1, subset // 6))):
-            kept = torch.randperm(len(parts[at][1]), generator=generator)[:size]
-            parts[at] = [values[kept] for values in parts[at]]
-    (x, y), testing = parts
-    return name, (F.pad(x, (MAX_SHIFT,) * 4), y), testing
+        training = random_part(training, subset, generator)
+        testing = random_part(testing, max(1, subset // 6), generator)
+    images, labels = training
+    padded = F.pad(images, (MAX_SHIFT, MAX_SHIFT, MAX_SHIFT, MAX_SHIFT))
+    return dataset, (padded, labels), testing
+
+
+def random_part(data, size: int, generator: torch.Generator):
+    """At most `size` random images of (images, labels), with their labels."""
+    images, labels = data
+    chosen = torch.randperm(len(labels), generator=generator)[:size]
+    return images[chosen], labels[chosen]
 
 
 def normalised(images: Tensor) -> Tensor:
@@ -179,27 +247,78 @@ def normalised(images: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------- training, evaluation
+def limit_threads() -> None:
+    """Use no more threads than the processors that this process may use.
+
+    torch takes one thread for each core of the machine, also where a container or a scheduler
+    allows only two of 64. OMP_NUM_THREADS, if it is set, decides instead.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    from joblib import cpu_count  # reads affinity and a container's quota
+
+    torch.set_num_threads(min(torch.get_num_threads(), cpu_count()))
+
+
+def why_device_fails(name: str) -> str:
+    """Why a device cannot compute; an empty text if it can.
+
+    A device may be announced and still fail: torch may have no kernels for an old graphics card, or
+    its driver may be too old. So a small computation tries it.
+    """
+    try:
+        image = torch.ones(1, 1, 3, 3, device=name)
+        F.conv2d(image, image).item()
+    except Exception as error:  # torch raises errors of several kinds
+        return str(error).partition("\n")[0]
+    return ""
+
+
+def select_device(name: str) -> torch.device:
+    """The device of that name; for "auto" the first accelerator that works, otherwise the CPU.
+
+    Raises ExperimentError if a device that is asked for by name does not work.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the reason is part of the messages below
+        if name != "auto":
+            reason = why_device_fails(name)
+            if reason:
+                raise ExperimentError(f"--device {name} does not work on this machine: {reason}")
+            return torch.device(name)
+        for candidate in ("cuda", "mps"):
+            if getattr(torch, candidate).is_available():
+                reason = why_device_fails(candidate)
+                if not reason:
+                    return torch.device(candidate)
+                print(f"Using the CPU: {candidate} does not work here: {reason}", file=sys.stderr)
+    return torch.device("cpu")
+
+
 def computes_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware; emulated, it would cost time."""
+    """Whether the device computes bfloat16 in hardware; emulation would be slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return False
 
 
 def train(model, images, labels, *, epochs, lr, batch_size, seed, title="", after_epoch=None):
-    """Train, with the images in another order every epoch; returns the seconds of training alone.
+    """Train a model in place; returns the seconds of the training steps alone.
 
-    AdamW (Loshchilov and Hutter 2019), the one-cycle schedule (Smith and Topin 2018), label
-    smoothing (Szegedy et al. 2016), and, where the device computes bfloat16, mixed precision
-    (Micikevicius et al. 2018): layers compute in bfloat16; weights, loss and optimizer are float32.
+    Uses AdamW (Loshchilov and Hutter 2019), the one-cycle schedule (Smith and Topin 2018) and label
+    smoothing (Szegedy et al. 2016). If the device computes bfloat16, it also uses mixed precision
+    (Micikevicius et al. 2018): the layers compute in bfloat16, while weights, loss and optimizer
+    stay in float32.
 
-    Images: uint8 (N, H, W), 28 x 28 pixels padded by MAX_SHIFT on each side; each batch is shifted
-    by up to that many pixels. Labels: int64 (N,). `seed` decides order and shifts; `after_epoch` is
-    called with the accuracy on the epoch's training images in percent. ExperimentError where the
-    weights become NaN or infinite.
+    Images: uint8 (N, 28 + 2 * MAX_SHIFT, 28 + 2 * MAX_SHIFT). Each batch takes a slice of 28 x 28
+    at a random place. Labels: int64 (N,). `seed` decides the order of the images and the shifts.
+    After each epoch, `after_epoch` is called with the accuracy on its training images, in percent.
+    Raises ExperimentError if a weight becomes NaN or infinite.
     """
-    from torch.utils.benchmark import timer  # reads the clock once the device has done its work
+    from torch.utils.benchmark import timer  # waits for the device before it reads the clock
     from tqdm import trange
 
     device = images.device
@@ -207,23 +326,25 @@ def train(model, images, labels, *, epochs, lr, batch_size, seed, title="", afte
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
     steps = math.ceil(len(images) / batch_size)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps)
-    mixed = torch.autocast(device.type, torch.bfloat16, enabled=computes_bfloat16(device))
+    mixed_precision = torch.autocast(device.type, torch.bfloat16, enabled=computes_bfloat16(device))
     seconds = 0.0
-    for _ in (progress := trange(epochs, desc=title, unit="epoch")):
+    progress = trange(epochs, desc=title, unit="epoch")
+    for _ in progress:
         model.train()
         start = timer()
-        # All that is random in an epoch is drawn at once, on the CPU: nothing in the loop below
-        # waits for the device, and the order is the same on each kind of device.
+        # The CPU draws all random numbers of an epoch at once. So the steps never wait for the
+        # device, and the order is the same on every kind of device.
         order = torch.randperm(len(images), generator=generator).to(device)
         shifts = torch.randint(2 * MAX_SHIFT + 1, (steps, 2), generator=generator).tolist()
         correct = torch.zeros((), device=device)
-        for batch, (down, right) in zip(order.split(batch_size), shifts, strict=True):
+        for batch, (top, left) in zip(order.split(batch_size), shifts, strict=True):
             target = labels[batch]
-            # index_select copies whole images, ten times as fast as images[batch] gathers bytes.
+            # index_select copies whole images; images[batch] copies bytes and takes ten times as
+            # long.
             padded = images.index_select(0, batch)
-            shifted = normalised(padded[:, down : down + 28, right : right + 28])
-            with mixed:
-                logits = model(shifted).float()
+            shifted = padded[:, top : top + 28, left : left + 28]
+            with mixed_precision:
+                logits = model(normalised(shifted)).float()
             F.cross_entropy(logits, target, label_smoothing=LABEL_SMOOTHING).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -243,9 +364,11 @@ def train(model, images, labels, *, epochs, lr, batch_size, seed, title="", afte
 def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Accuracy in percent. Images: uint8 (N, 28, 28); labels: int64 (N,)."""
     model.eval()
-    batches = zip(images.split(500), labels.split(500), strict=True)
-    correct = sum((model(normalised(x)).argmax(1) == target).sum() for x, target in batches)
-    return 100 * correct.item() / len(labels)
+    correct = 0
+    for batch, target in zip(images.split(500), labels.split(500), strict=True):
+        predicted = model(normalised(batch)).argmax(1)
+        correct += (predicted == target).sum().item()
+    return 100 * correct / len(labels)
 
 
 # -------------------------------------------------------------------------------- pruning
@@ -321,9 +444,12 @@ def prune(
     return compact
 
 
-# --------------------------------------------------------------------------------- report
+# -------------------------------------------------------------------------------- results
 def write(path: Path, content: bytes) -> None:
-    """Write a file that after a kill is whole or as it was; ExperimentError where it cannot be."""
+    """Write a file so that, after a crash, it is either the old one or complete.
+
+    Raises ExperimentError if it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -335,287 +461,602 @@ def write(path: Path, content: bytes) -> None:
         raise ExperimentError(f"cannot write {path}: {error.strerror}") from error
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What rows must have in common to be compared."""
+
+    dataset: str
+    train_images: int
+    test_images: int
+    baseline_epochs: int
+    finetune_epochs: int
+    batch_size: int
+    lr: float
+
+
 def as_frame(rows: list[dict]):
-    """The rows of results.json as a DataFrame; KeyError, TypeError, ValueError if they are not."""
+    """The rows of the results as a DataFrame, each model and seed once.
+
+    Raises KeyError, TypeError, ValueError or OverflowError if they are not rows of this script, or
+    of runs that cannot be compared.
+    """
     import pandas as pd
 
-    types = dict.fromkeys(("seed", "epochs", "parameters", "macs", "test_images"), int)
-    types |= dict.fromkeys(("sparsity", "accuracy_before", "accuracy", "training_seconds"), float)
-    frame = pd.DataFrame(rows).astype(types).drop_duplicates(["name", "seed", "accuracy"])
-    if frame.dropna(subset="pruner").duplicated(["name", "seed"]).any():
-        raise ValueError("a model has two results: show unlike runs apart")
-    if "baseline" not in set(frame["name"]):
-        raise ValueError("there is no baseline")
-    return frame.drop_duplicates(["name", "seed"])  # a sweep's trials each measured the baseline
+    whole_numbers = ["seed", "epochs", "parameters", "macs", "train_images", "test_images"]
+    numbers = ["sparsity", "accuracy_before", "accuracy", "training_seconds"]
+    types = {**dict.fromkeys(whole_numbers, int), **dict.fromkeys(numbers, float)}
+    frame = pd.DataFrame(rows).astype(types)
+    for setting in fields(Settings):
+        values = frame[setting.name].unique()
+        if len(values) > 1:
+            listed = " and ".join(str(value) for value in values)
+            raise ValueError(f"unlike runs: {setting.name} is {listed}")
+    is_baseline = frame["kind"] == "baseline"
+    for seed, models in frame.groupby("seed"):
+        if "baseline" not in set(models["kind"]):
+            raise ValueError(f"seed {seed} has no baseline")
+        if models["baseline_id"].nunique() > 1:
+            raise ValueError(f"unlike runs: seed {seed} has different baselines")
+    # Each trial of a sweep evaluates the baseline that they share: one of these rows is enough.
+    baselines = frame[is_baseline].drop_duplicates("seed")
+    others = frame[~is_baseline].drop_duplicates(["name", "seed", "accuracy"])
+    repeated = others[others.duplicated(["name", "seed"])]
+    if len(repeated) > 0:
+        row = repeated.iloc[0]
+        raise ValueError(f"{row['name']}, seed {row['seed']}, has two results")
+    return pd.concat([baselines, others]).sort_index()
+
+
+def write_results(folder: Path, description: dict, rows: list[dict]) -> None:
+    """Write results.json and results.csv; `description` tells what the rows have in common."""
+    frame = as_frame(rows)
+    results = {**description, "rows": rows, "verdicts": verdicts(frame)}
+    write(folder / "results.json", json.dumps(results, indent=1).encode())
+    write(folder / "results.csv", frame.to_csv(index=False).encode())
 
 
 def read_results(paths: list[Path]) -> tuple[str, list[dict]]:
-    """Heading and rows of results.json files and exports of NNI's trials; else ExperimentError."""
-    headings, rows = [], []
+    """Heading and rows of results.json files and of exported NNI trials.
+
+    Raises ExperimentError if a file is neither, or does not fit the files before it.
+    """
+    headings = []
+    rows = []
     for path in paths:
         try:
             runs = json.loads(path.read_text(encoding="utf-8"))
-            # An export is a list: of what each trial reported at its end, as text.
-            runs = [json.loads(run["value"]) for run in runs] if isinstance(runs, list) else [runs]
-            headings += [run["heading"] for run in runs]
-            rows += [row for run in runs for row in run["rows"]]
+            if isinstance(runs, list):  # exported trials: each value is what the trial reported
+                runs = [json.loads(trial["value"]) for trial in runs]
+            else:
+                runs = [runs]
+            for run in runs:
+                if not isinstance(run["heading"], str):
+                    raise TypeError("its heading is not text")
+                headings.append(run["heading"])
+                rows.extend(run["rows"])
             as_frame(rows)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            what = "no results.json of this script and no export of its NNI trials, or does not fit"
-            raise ExperimentError(f"{path} is {what} ({type(error).__name__}: {error})") from error
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+            raise ExperimentError(
+                f"{path} is not a results.json of this script or an export of its NNI trials,"
+                f" or does not fit the others ({type(error).__name__}: {error})"
+            ) from error
     return "\n".join(dict.fromkeys(headings)), rows  # each heading once
 
 
-def verdicts(rows) -> list[dict]:
-    """What several seeds say of each claim, by Student's t over differences paired by seed.
+def seeds_share_a_baseline(frame) -> bool:
+    baselines = frame[frame["kind"] == "baseline"]
+    return baselines["baseline_id"].nunique() < len(baselines)
 
-    "yes" where the whole 95 % interval of the difference lies above 0 (above -TOLERANCE for
-    accuracy that holds), "no" where all of it lies below, else "cannot tell". `rows`: of as_frame.
+
+def claims_to_test(frame) -> list[tuple[str, str, str, float]]:
+    """Claims about the pruned models: (text, model, reference, tolerance in percentage points)."""
+    pruned = frame[frame["kind"] == "pruned"]
+    baselines = list(frame[frame["kind"] == "trained_on"]["name"].unique())
+    if not seeds_share_a_baseline(frame):  # one baseline cannot tell how far baselines differ
+        baselines.insert(0, "baseline")
+    claims = []
+    for sparsity, models in pruned.groupby("sparsity"):
+        names = list(models["name"].unique())
+        same_size = frame[(frame["kind"] == "scratch") & (frame["sparsity"] == sparsity)]
+        for name in names:
+            for baseline in baselines:
+                text = f"{name} is less than {TOLERANCE:.2f} pp below {baseline}"
+                claims.append((text, name, baseline, TOLERANCE))
+            for scratch in same_size["name"].unique():
+                claims.append((f"{name} is better than {scratch}", name, scratch, 0.0))
+        for other in names[1:]:
+            claims.append((f"{other} is better than {names[0]}", other, names[0], 0.0))
+    return claims
+
+
+def verdicts(frame) -> list[dict]:
+    """What several seeds say about each claim; `frame` is from as_frame.
+
+    The interval is Student's 95 % interval of the difference in accuracy, paired by seed. The
+    answer is "yes" if all of the interval lies above -tolerance, "no" if all of it lies below, and
+    otherwise "cannot tell". Claims with fewer than two seeds are left out.
     """
     from scipy import stats
 
-    accuracy = rows.pivot(index="seed", columns="name", values="accuracy")
-    claims = []  # (claim, difference by seed, tolerance)
-    for sparsity, pruned in rows.dropna(subset="pruner").groupby("sparsity"):
-        one, *others = pruned["name"].unique()
-        ours = accuracy[[one, *others]].mean(axis=1, skipna=False)  # of the pruners
-        for name, theirs in accuracy[rows["name"].unique()].items():
-            if name.startswith("baseline"):
-                claim = f"accuracy holds at {sparsity}: less than {TOLERANCE:.2f} pp below {name}"
-                claims.append((claim, ours - theirs, TOLERANCE))
-            elif name.startswith(f"scratch_{sparsity}_"):
-                claims.append((f"pruning is better than {name}", ours - theirs, 0))
-            elif name in others:
-                claims.append((f"{name} is better than {one}", theirs - accuracy[one], 0))
-    found = []
-    for claim, difference, tolerance in claims:
-        paired = difference.dropna().round(6)
-        if len(paired) < 2:
+    accuracy = frame.pivot(index="seed", columns="name", values="accuracy")
+    results = []
+    for claim, name, reference, tolerance in claims_to_test(frame):
+        differences = (accuracy[name] - accuracy[reference]).dropna().round(6)
+        seeds = len(differences)
+        if seeds < 2:
             continue
-        mean, low, high, answer = float(paired.mean()), None, None, "cannot tell"
-        if paired.nunique() > 1:  # were all equal, an interval of width 0 would prove nothing
-            low, high = map(float, stats.t.interval(0.95, len(paired) - 1, mean, paired.sem()))
-            answer = "yes" if low > -tolerance else "no" if high < -tolerance else answer
+        mean = float(differences.mean())
+        low = None
+        high = None
+        answer = "cannot tell"
+        if differences.nunique() > 1:  # equal differences would give an interval of width 0
+            interval = stats.t.interval(0.95, seeds - 1, mean, differences.sem())
+            low = float(interval[0])
+            high = float(interval[1])
+            if low > -tolerance:
+                answer = "yes"
+            elif high < -tolerance:
+                answer = "no"
         verdict = {"claim": claim, "answer": answer, "difference": mean, "low": low, "high": high}
-        found.append(verdict | {"seeds": len(paired)})
-    return found
+        results.append({**verdict, "seeds": seeds})
+    return results
 
 
-def spread(values, digits: int) -> str:
-    """Mean ± standard deviation; of one value, the value; of none, nothing."""
-    numbers = (values.mean(), values.std())
-    return " ± ".join(f"{number:.{digits}f}" for number in numbers if not math.isnan(number))
+# --------------------------------------------------------------------------------- report
+def mean_and_deviation(values, digits: int) -> str:
+    """Mean ± standard deviation; of one value, the value; of no value, nothing."""
+    mean = values.mean()
+    deviation = values.std()
+    if math.isnan(mean):
+        return ""
+    if math.isnan(deviation):
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
 
 
-def report(rows) -> str:
-    """The table, one line per model over all its seeds, and what may be read from it."""
+def results_table(frame) -> str:
+    """One line per model, over all its seeds."""
     from tabulate import tabulate
 
-    baseline = rows[rows["name"] == "baseline"].set_index("seed")
+    baselines = frame[frame["kind"] == "baseline"].set_index("seed")
     lines = []
-    for name, own in rows.set_index("seed").groupby("name", sort=False):
-        same = baseline.reindex(own.index)  # the baselines of the same seeds
-        ratio = same.mean(numeric_only=True) / own.mean(numeric_only=True)
+    for name, model in frame.set_index("seed").groupby("name", sort=False):
+        baseline = baselines.loc[model.index]  # of the same seeds
+        gain = (model["accuracy"] - baseline["accuracy"]).mean()
+        parameters = model["parameters"].iloc[0]
+        fewer = baseline["parameters"].iloc[0] / parameters
+        faster = baseline["training_seconds"].mean() / model["training_seconds"].mean()
         line = {
             "model": name,
-            "before\ntuning, %": spread(own["accuracy_before"], 2),
-            "accuracy\n%": spread(own["accuracy"], 2),
-            "pp to\nbaseline": f"{(own['accuracy'] - same['accuracy']).mean():+.2f}",
-            "parameters": f"{own['parameters'].iloc[0]:,}",
-            "times\nfewer": f"{ratio['parameters']:.1f}×",
-            "MACs per\nimage": f"{own['macs'].iloc[0]:,}",
-            "training\ntime, s": spread(own["training_seconds"], 1),
-            "times\nfaster": f"{ratio['training_seconds']:.1f}×".replace("nan×", ""),
+            "before\ntuning, %": mean_and_deviation(model["accuracy_before"], 2),
+            "accuracy\n%": mean_and_deviation(model["accuracy"], 2),
+            "pp to\nbaseline": f"{gain:+.2f}",
+            "parameters": f"{parameters:,}",
+            "times\nfewer": f"{fewer:.1f}x",
+            "MACs per\nimage": f"{model['macs'].iloc[0]:,}",
+            "training\ntime, s": mean_and_deviation(model["training_seconds"], 1),
+            "times\nfaster": "" if math.isnan(faster) else f"{faster:.1f}x",
         }
         lines.append(line)
-    looks = {"colalign": ["left"], "stralign": "right", "disable_numparse": True}
-    table = tabulate(lines, headers="keys", **looks)
-    if claims := verdicts(rows):
-        below = tabulate(claims, headers="keys", floatfmt="+.2f")
-        note = "In pp; Student's 95 % interval, paired by seed; unless named, the pruners' mean."
-        return f"{table}\n\n{below}\n\n{note}"
-    # 95 % of the difference of two proportions, with a right and a wrong image added to each
-    # (Agresti and Caffo 2000): honest also where all images are right.
-    images = rows["test_images"].min()
-    p = (rows["accuracy"].min() / 100 * images + 1) / (images + 2)
-    least = 100 * 1.96 * math.sqrt(2 * p * (1 - p) / (images + 2))
-    return (
-        f"{table}\n\nOne seed, {images:,} test images: models less than {least:.2f} pp apart cannot"
-        " be told apart.\nSeveral seeds can tell more: --seeds 0 1 2 3 4."
+    return tabulate(
+        lines, headers="keys", colalign=["left"], stralign="right", disable_numparse=True
     )
 
 
-def draw(rows, path: Path) -> None:
-    """Draw accuracy against parameters, and against all the training that a model took (PNG)."""
-    from matplotlib.figure import Figure  # without pyplot: no screen is looked for
+def smallest_visible_difference(frame) -> float:
+    """Percentage points by which the accuracies of two models must differ, with a single seed.
 
-    figure = Figure(figsize=(11, 5), dpi=130, layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    first = rows[rows["name"] == "baseline"].set_index("seed")["training_seconds"]
-    models = rows.set_index("seed").groupby("name", sort=False)
-    for marker, (name, own) in zip(cycle("Dos^vXP<>"), models):
-        seconds, accuracy = own["training_seconds"], own["accuracy"]
-        if name != "baseline" and not name.startswith("scratch"):  # it began as the baseline
-            seconds = seconds + first
-        style = {"label": name, "fmt": marker, "capsize": 4}
-        for axes, x in ((left, own["parameters"]), (right, seconds)):
-            axes.errorbar(x.mean(), accuracy.mean(), accuracy.std(), **style)
-    left.set(xscale="log", xlabel="parameters", ylabel="accuracy on the test images, %")
-    right.set(xlabel="all the training behind it, s")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper")
-    figure.savefig(content := io.BytesIO())
-    write(path, content.getvalue())
+    The half width of the 95 % interval of the difference of two proportions, with one right and one
+    wrong image added to each (Agresti and Caffo 2000). So it is not 0 if all images are right.
+    """
+    images = frame["test_images"].min()
+    lowest = frame["accuracy"].min() / 100
+    proportion = (lowest * images + 1) / (images + 2)
+    return 100 * 1.96 * math.sqrt(2 * proportion * (1 - proportion) / (images + 2))
 
 
-# ----------------------------------------------------------------------------------- main
+def report(frame) -> str:
+    """The table of the models, and what can be concluded from it; `frame` is from as_frame."""
+    from tabulate import tabulate
+
+    parts = [results_table(frame)]
+    found = verdicts(frame)
+    if found:
+        parts.append(tabulate(found, headers="keys", floatfmt="+.2f"))
+        parts.append(
+            "Differences in percentage points (pp), with 95 % intervals over the seeds."
+            f" Each interval alone\nis wrong 1 time in 20, and the table has {len(found)}."
+        )
+    else:
+        parts.append(
+            f"With one seed and {frame['test_images'].min():,} test images, a difference of less"
+            f" than {smallest_visible_difference(frame):.2f} pp can be chance.\n"
+            "More seeds can tell more: --seeds 0 1 2 3 4"
+        )
+    if seeds_share_a_baseline(frame):
+        parts.append(
+            "All seeds start from one baseline. So the table does not show how baselines differ,\n"
+            "and there is no verdict against it."
+        )
+    return "\n\n".join(parts)
+
+
+COLORS = {"L1NormPruner": "#0072b2", "FPGMPruner": "#d55e00"}  # also for the color-blind
+GREY = "#595959"
+
+
+def draw(frame, path: Path) -> None:
+    """Draw a row per model: its accuracy for each seed, and all the training behind it (PNG)."""
+    from matplotlib.figure import Figure  # pyplot would look for a screen
+
+    models = [model for _, model in frame.groupby("name", sort=False)]
+    models.sort(key=lambda model: -model["parameters"].iloc[0])  # stable: else in order of the run
+    figure = Figure(figsize=(9, 0.8 + 0.45 * len(models)), dpi=160, layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+
+    baselines = frame[frame["kind"] == "baseline"].set_index("seed")
+    baseline_accuracy = baselines["accuracy"].mean()
+    left.axvspan(baseline_accuracy - TOLERANCE, baseline_accuracy, color="#e8e8e8")
+    labels = []
+    for position, model in enumerate(models):
+        first_row = model.iloc[0]
+        color = COLORS.get(first_row["pruner"], GREY)
+        labels.append(f"{first_row['name']}\n{first_row['parameters']:,} parameters")
+
+        accuracy = model["accuracy"]
+        deviation = accuracy.std() if len(accuracy) > 1 else None
+        left.plot(accuracy, [position] * len(accuracy), "o", color=color, alpha=0.35)
+        left.errorbar(accuracy.mean(), position, xerr=deviation, fmt="D", color=color, capsize=4)
+
+        earlier_seconds = 0.0
+        if first_row["kind"] in ("pruned", "trained_on"):  # the baseline was trained before it
+            earlier_seconds = baselines["training_seconds"].loc[model["seed"]].fillna(0).mean()
+        seconds = model["training_seconds"].fillna(0).mean()
+        right.barh(position, earlier_seconds, color="#cccccc")
+        right.barh(position, seconds, left=earlier_seconds, color=color)
+        total = earlier_seconds + seconds
+        right.text(total, position, f" {total:.0f} s", verticalalignment="center")
+    left.set_yticks(range(len(models)), labels)
+    left.invert_yaxis()
+    left.set_xlabel(f"test accuracy, %\ngrey band: at most {TOLERANCE} points below the baseline")
+    right.set_xlabel("training, s\nlight grey: the baseline's, before it")
+    right.margins(x=0.15)  # room for the seconds
+
+    file = io.BytesIO()
+    figure.savefig(file)
+    write(path, file.getvalue())
+
+
+def show_results(heading: str, rows: list[dict], picture: Path) -> None:
+    """Print the report and draw the picture."""
+    frame = as_frame(rows)
+    print(f"{heading}\n\n{report(frame)}")
+    draw(frame, picture)
+
+
+def report_earlier_results(paths: list[Path]) -> list[dict]:
+    """Show the results of earlier runs together; returns their rows."""
+    heading, rows = read_results(paths)
+    picture = paths[0].with_suffix(".png")
+    if len(paths) > 1:  # the first file's own picture stays
+        picture = paths[0].with_name("report.png")
+    show_results(heading, rows, picture)
+    print(f"\nSaved: {picture}")
+    return rows
+
+
+# -------------------------------------------------------------------------------- options
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; in a trial of an NNI experiment the trial's parameters are options, too."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if trial := "NNI_PLATFORM" in os.environ:
-        # To be asked for once: NNI hands out the next parameters at each call.
-        for name, value in (import_nni().get_next_parameter() or {}).items():
-            argv += [f"--{name.replace('_', '-')}", str(value)]
-    title = __doc__.partition("\n")[0]
-    parser = argparse.ArgumentParser("NNI_Pruning.py", description=title, allow_abbrev=False)
-    devices = ["cpu", *(name for name in ("mps", "cuda") if getattr(torch, name).is_available())]
-    add, shown, several = parser.add_argument, "(default: %(default)s)", {"nargs": "+"}
-    add("--data-dir", type=Path, default="data", help=f"MNIST's, downloaded if missing {shown}")
-    add("--dataset", choices=("mnist", "digits"), help="default: mnist; digits where that fails")
-    add("--checkpoint-dir", type=Path, default="checkpoints", help=f"for all results {shown}")
-    add("--epochs", type=int, help=f"of the baseline (default: {EPOCHS})")
-    add("--finetune-epochs", type=int, help="of each pruned model (default: as --epochs)")
-    add("--batch-size", type=int, help=f"in images (default: {BATCH_SIZE})")
-    add("--lr", type=float, default=LEARNING_RATE, help=f"peak learning rate {shown}")
-    add("--sparsity", type=float, default=SPARSITIES, help=f"channel sparsity {shown}", **several)
-    add("--pruner", choices=PRUNERS, default=PRUNERS, help=f"to compare {shown}", **several)
-    add("--subset", type=int, metavar="N", help="use at most N training and N/6 test images")
-    add("--seeds", "--seed", type=int, default=[0], help=f"a run for each {shown}", **several)
-    add("--controls", action="store_true", help="baseline trained on, compact nets from scratch")
-    add("--device", choices=("auto", *devices), default="auto", help=f"to train on {shown}")
-    add("--baseline", type=Path, metavar="PTH", help="start from this file (default: train one)")
-    add("--report", type=Path, metavar="JSON", help="only show earlier results", **several)
-    args = parser.parse_args(argv)
+    """The options of the command line and, in a trial of an NNI experiment, of the trial."""
+    parser = argparse.ArgumentParser(
+        "NNI_Pruning.py",
+        description="Prune a CNN on MNIST, and compare accuracy, size and training time.",
+        allow_abbrev=False,
+    )
+    option = parser.add_argument
+    default = "(default: %(default)s)"
+    several = {"nargs": "+"}
+    option("--data-dir", type=Path, default="data", help=f"of MNIST; it is downloaded {default}")
+    option("--dataset", choices=("mnist", "digits"), help="default: mnist; digits if it is missing")
+    option("--checkpoint-dir", type=Path, default="checkpoints", help=f"for all results {default}")
+    option("--epochs", type=int, help=f"of the baseline (default: {EPOCHS})")
+    option("--finetune-epochs", type=int, help="of each pruned model (default: like --epochs)")
+    option("--batch-size", type=int, help=f"in images (default: {BATCH_SIZE})")
+    option("--lr", type=float, default=LEARNING_RATE, help=f"peak learning rate {default}")
+    option("--sparsity", type=float, default=SPARSITIES, help=f"of channels {default}", **several)
+    option("--pruner", choices=PRUNERS, default=PRUNERS, help=f"to compare {default}", **several)
+    option("--subset", type=int, metavar="N", help="use only N training and N/6 test images")
+    option("--seeds", "--seed", type=int, default=[0], help=f"a run for each {default}", **several)
+    option("--controls", action="store_true", help="train the baseline on, and small new networks")
+    option("--device", choices=("cpu", "auto", "cuda", "mps"), default="cpu", help=default)
+    option("--baseline", type=Path, metavar="PTH", help="a saved baseline to start from")
+    option("--report", type=Path, metavar="JSON", help="only show earlier results", **several)
+
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    is_trial = "NNI_PLATFORM" in os.environ
+    if is_trial:
+        arguments += trial_arguments(parser)
+    args = parser.parse_args(arguments)
+    args.is_trial = is_trial
     for name in ("epochs", "finetune_epochs", "batch_size", "lr", "subset"):
-        if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
             parser.error(f"argument --{name.replace('_', '-')}: {value} is not above 0")
     if not all(0 < sparsity < 1 for sparsity in args.sparsity):
-        parser.error("argument --sparsity: it must lie between 0 and 1, both excluded")
+        parser.error("argument --sparsity: it must be between 0 and 1, both excluded")
     if not all(0 <= seed < 2**63 for seed in args.seeds):
-        parser.error("argument --seeds: they must lie between 0 and 2**63 - 1")
-    if trial and not len(args.pruner) == len(args.sparsity) == len(args.seeds) == 1:
+        parser.error("argument --seeds: they must be between 0 and 2**63 - 1")
+    for name in ("seeds", "sparsity", "pruner"):
+        values = getattr(args, name)
+        if len(set(values)) < len(values):
+            parser.error(f"argument --{name}: a value is given twice")
+    if args.baseline and args.epochs:
+        parser.error("argument --epochs: the --baseline is trained already; use --finetune-epochs")
+    if is_trial and not len(args.pruner) == len(args.sparsity) == len(args.seeds) == 1:
         parser.error("a trial of an NNI experiment needs one --pruner, one --sparsity, one --seed")
-    if args.device == "auto":
-        args.device = devices[-1]
     return args
 
 
-def main(argv: list[str] | None = None) -> list[dict]:
-    """The experiment, in order; prints its report, also when it is cut short; returns its rows."""
-    args = parse_options(argv)
-    folder = args.checkpoint_dir / os.environ.get("NNI_TRIAL_JOB_ID", "")  # trials share no files
-    if args.report:
-        heading, rows = read_results(args.report)
-        frame = as_frame(rows)
-        print(f"{heading}\n\n{report(frame)}")
-        draw(frame, folder / "results.png")
-        return rows
-    nni, trial = import_nni(), "NNI_PLATFORM" in os.environ
-    write(folder / ".writable", b"")  # like NNI, missed here before anything is trained
-    (folder / ".writable").unlink()
+def trial_arguments(parser: argparse.ArgumentParser) -> list[str]:
+    """The parameters of an NNI trial as arguments; a boolean sets or leaves out a flag."""
+    known = [*vars(parser.parse_args([])), "seed"]
+    arguments = []
+    # NNI hands out the parameters of the next trial at each call, so this is the only one.
+    parameters = import_nni().get_next_parameter() or {}
+    for name, value in parameters.items():
+        if name.replace("-", "_") not in known:
+            parser.error(f"unknown parameter {name!r} of the trial; known: {', '.join(known)}")
+        if value is False:
+            continue
+        arguments.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            arguments.append(str(value))
+    return arguments
 
+
+# ----------------------------------------------------------------------------- experiment
+@dataclass(frozen=True)
+class Run:
+    """What all models of a run share: the device, and the images and labels on it."""
+
+    device: torch.device
+    training: tuple[Tensor, Tensor]
+    testing: tuple[Tensor, Tensor]
+    settings: Settings
+
+
+def prepare_run(args: argparse.Namespace) -> Run:
+    """Choose the device, load the data and resolve the options that depend on the data."""
+    device = select_device(args.device)
     dataset, training, testing = load_data(args.dataset, args.data_dir, args.subset)
-    training, testing = ([part.to(args.device) for part in pair] for pair in (training, testing))
     epochs = args.epochs or EPOCHS[dataset]
-    finetune_epochs = args.finetune_epochs or epochs
-    recipe = {"lr": args.lr, "batch_size": args.batch_size or BATCH_SIZE[dataset]}
-    if args.baseline:
-        about = load_model(args.baseline).about
-        if (about.get("name"), about.get("dataset")) != ("baseline", dataset):
-            raise ExperimentError(f"{args.baseline} is not a baseline of this script on {dataset}")
-        epochs = about["epochs"]
-    data = "MNIST" if dataset == "mnist" else "scikit-learn digits, NOT MNIST"
-    first = f"{args.baseline} ({epochs})" if args.baseline else epochs
-    device = f"CPU, {torch.get_num_threads()} threads" if args.device == "cpu" else args.device
-    heading = (
-        f"{data} ({len(training[1]):,} training and {len(testing[1]):,} test images);"
-        f" {first} + {finetune_epochs} epochs; seeds {', '.join(map(str, args.seeds))};\n"
-        f"{device}{', bf16' * computes_bfloat16(torch.device(args.device))};"
-        f" torch {torch.__version__}, NNI {version('nni')}"
+    settings = Settings(
+        dataset=dataset,
+        train_images=len(training[1]),
+        test_images=len(testing[1]),
+        baseline_epochs=epochs_of(args.baseline, dataset) if args.baseline else epochs,
+        finetune_epochs=args.finetune_epochs or epochs,
+        batch_size=args.batch_size or BATCH_SIZE[dataset],
+        lr=args.lr,
     )
+    training = tuple(values.to(device) for values in training)
+    testing = tuple(values.to(device) for values in testing)
+    return Run(device, training, testing, settings)
+
+
+def epochs_of(baseline: Path, dataset: str) -> int:
+    """How long a saved baseline was trained; ExperimentError if it is none for this data set."""
+    about = load_model(baseline).about
+    if about.get("name") != "baseline" or about.get("dataset") != dataset:
+        raise ExperimentError(f"{baseline} is not a baseline that this script trained on {dataset}")
+    return about["epochs"]
+
+
+def describe(run: Run, args: argparse.Namespace) -> dict:
+    """What results.json says about a run: heading of the report, settings and versions."""
+    settings = run.settings
+    data = "MNIST" if settings.dataset == "mnist" else "scikit-learn digits, NOT MNIST"
+    images = f"{settings.train_images:,} training and {settings.test_images:,} test images"
+    baseline = str(settings.baseline_epochs)
+    if args.baseline:
+        baseline = f"{args.baseline} ({settings.baseline_epochs})"
+    seeds = ", ".join(str(seed) for seed in args.seeds)
+    threads = torch.get_num_threads()
+    bfloat16 = computes_bfloat16(run.device)
+    hardware = f"CPU, {threads} threads" if run.device.type == "cpu" else run.device.type
+    if bfloat16:
+        hardware += ", bf16"
+    heading = (
+        f"{data} ({images}); {baseline} + {settings.finetune_epochs} epochs; seeds {seeds};\n"
+        f"{hardware}; torch {torch.__version__}, NNI {version('nni')}"
+    )
+    used = {
+        **asdict(settings),
+        "baseline": str(args.baseline) if args.baseline else None,
+        "pruner": list(args.pruner),
+        "sparsity": list(args.sparsity),
+        "seeds": args.seeds,
+        "controls": args.controls,
+        "device": run.device.type,
+        "threads": threads,
+        "bfloat16": bfloat16,
+    }
     versions = {name: version(name) for name in ("torch", "torchvision", "nni", "numpy")}
-    run = {"heading": heading, "settings": vars(args), "python": sys.version, "versions": versions}
-    # The first seed's models lie in the folder itself, those of others in their own.
-    homes = {seed: folder / f"seed_{seed}" for seed in args.seeds} | {args.seeds[0]: folder}
+    return {"heading": heading, "settings": used, "python": sys.version, "versions": versions}
+
+
+def new_row(run: Run, model: CNN, name: str, kind: str, seed: int, epochs: int) -> dict:
+    """A row of the results, before the training; what is not known yet is None.
+
+    `kind` is "baseline", "pruned", "trained_on" (the baseline, trained for more epochs) or
+    "scratch" (a compact network from random weights). `epochs` is the length of its own training.
+    """
+    return {
+        "name": name,
+        "kind": kind,
+        "seed": seed,
+        "epochs": epochs,
+        "pruner": None,
+        "sparsity": None,
+        "widths": list(model.widths),
+        "parameters": count_parameters(model),
+        "macs": count_macs(model),
+        "accuracy_before": None,
+        "accuracy": None,
+        "training_seconds": None,
+        "baseline_id": None,
+        **asdict(run.settings),
+    }
+
+
+def train_evaluate_save(run: Run, model: CNN, row: dict, path: Path, after_epoch=None) -> None:
+    """Train a model for the epochs in its row, and save it; fills in the row's results."""
+    model.to(run.device, memory_format=torch.channels_last)  # the faster layout
+    row["training_seconds"] = train(
+        model,
+        *run.training,
+        epochs=row["epochs"],
+        lr=run.settings.lr,
+        batch_size=run.settings.batch_size,
+        seed=row["seed"],
+        title=f"{row['name']}, seed {row['seed']}",
+        after_epoch=after_epoch,
+    )
+    row["accuracy"] = evaluate(model, *run.testing)
+    save_model(path, model, row)
+
+
+def train_controls(run: Run, seed: int, baseline_path: Path, widths: dict, models_dir: Path):
+    """Train what the pruned models are compared with, and yield a row for each.
+
+    These are the baseline, trained for as many more epochs as a pruned model, and networks as
+    narrow as the pruned models, but from random weights. `widths` has their widths by sparsity.
+    """
+    epochs = run.settings.finetune_epochs
+    name = f"baseline_{epochs}_more_epochs"
+    model = load_model(baseline_path)
+    row = new_row(run, model, name, "trained_on", seed, epochs)
+    train_evaluate_save(run, model, row, models_dir / f"{name}.pth")
+    yield row
+
+    # As long as the baseline and the fine-tuning together, and as long as the fine-tuning alone.
+    lengths = (run.settings.baseline_epochs + epochs, epochs)
+    for sparsity, length in product(widths, lengths):
+        name = f"scratch_{sparsity}_{length}_epochs"
+        torch.manual_seed(seed)
+        model = CNN(widths[sparsity])
+        row = new_row(run, model, name, "scratch", seed, length)
+        row["sparsity"] = sparsity
+        train_evaluate_save(run, model, row, models_dir / f"{name}.pth")
+        yield row
+
+
+def report_trial(rows: list[dict], heading: str) -> None:
+    """Hand NNI the result of a trial: the row of its pruned model, and all its rows."""
+    nni = import_nni()
+    (row,) = [row for row in rows if row["kind"] == "pruned"]
+    # NNI 3.0 can mix up the parameters of two trials that start together in its records. These, the
+    # right ones, replace them in the exported CSV.
+    parameters = nni.get_current_parameter() or {}
+    result = {**row, **parameters, "heading": heading, "rows": rows, "default": row["accuracy"]}
+    nni.report_final_result(result)
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    """Run the experiment and print its report; returns the rows of its results."""
+    args = parse_options(argv)
+    if args.report:
+        return report_earlier_results(args.report)
+
+    # What can be wrong with the machine shows here, before anything is trained.
+    nni = import_nni()
+    limit_threads()
+    folder = args.checkpoint_dir / os.environ.get("NNI_TRIAL_JOB_ID", "")  # each trial has its own
+    write(folder / ".writable", b"")
+    (folder / ".writable").unlink()
+    run = prepare_run(args)
+    description = describe(run, args)
+    heading = description["heading"]
+    picture = folder / "results.png"
+    # An NNI assessor may stop a trial early by these accuracies. They are of training images: the
+    # test images must not decide anything.
+    after_epoch = nni.report_intermediate_result if args.is_trial else None
+
     rows = []
-
-    def finish(model: CNN, name: str, seed: int, epochs: int, pruner=None, sparsity=None) -> None:
-        """What every model shares: measure, train, measure again, save, note the row."""
-        model.to(args.device, memory_format=torch.channels_last)  # the faster layout
-        row = {"name": name, "seed": seed, "epochs": epochs, "pruner": pruner, "sparsity": sparsity}
-        row |= {"widths": model.widths, "parameters": count_parameters(model)}
-        row |= {"macs": count_macs(model), "test_images": len(testing[1])}
-        row["accuracy_before"] = evaluate(model, *testing) if pruner else None
-        row["training_seconds"] = None
-        trained = not (name == "baseline" and args.baseline)
-        if trained:
-            this = {"epochs": epochs, "seed": seed, "title": f"{name}, seed {seed}"}
-            # Not of the test images: an assessor that stops trials early would choose by them.
-            tell = nni.report_intermediate_result if trial and pruner else None
-            row["training_seconds"] = train(model, *training, **this, **recipe, after_epoch=tell)
-        row["accuracy"] = evaluate(model, *testing)
-        if trained:
-            weights = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
-            torch.save({"dataset": dataset, **row, "state_dict": weights}, content := io.BytesIO())
-            write(homes[seed] / f"{name}.pth", content.getvalue())
-        rows.append(row)
-        frame = as_frame(rows)
-        results = {**run, "rows": rows, "verdicts": verdicts(frame)}
-        write(folder / "results.json", json.dumps(results, indent=1, default=str).encode())
-        write(folder / "results.csv", frame.to_csv(index=False).encode())
-
     try:
         for seed in args.seeds:
-            torch.manual_seed(seed)
-            baseline = args.baseline or homes[seed] / "baseline.pth"
-            finish(load_model(baseline) if args.baseline else CNN(), "baseline", seed, epochs)
+            # The models of the first seed lie in the folder itself.
+            models_dir = folder if seed == args.seeds[0] else folder / f"seed_{seed}"
 
+            # 1. Train the baseline and save it, or evaluate the given one.
+            torch.manual_seed(seed)
+            baseline_path = args.baseline or models_dir / "baseline.pth"
+            baseline = load_model(args.baseline) if args.baseline else CNN()
+            row = new_row(run, baseline, "baseline", "baseline", seed, run.settings.baseline_epochs)
+            if args.baseline:
+                baseline.to(run.device, memory_format=torch.channels_last)
+                row["accuracy"] = evaluate(baseline, *run.testing)
+            else:
+                train_evaluate_save(run, baseline, row, baseline_path)
+            baseline_id = fingerprint(baseline)
+            row["baseline_id"] = baseline_id
+            rows.append(row)
+            write_results(folder, description, rows)
+
+            # 2. Prune it with each pruner at each sparsity, and fine-tune.
             widths = {}
             for pruner, sparsity in product(args.pruner, args.sparsity):
-                # From the file, and seeded anew: a row does not depend on the rows before it.
+                # Each row starts from the file and the seed. So it does not depend on other rows.
                 torch.manual_seed(seed)
-                model, example_input = load_model(baseline), torch.rand(8, 1, 28, 28)
-                model = prune(model, pruner, sparsity, example_input, keep=["output"])
+                baseline = load_model(baseline_path)
+                example_input = torch.rand(8, 1, 28, 28)
+                model = prune(baseline, pruner, sparsity, example_input, keep=["output"])
+                model.to(run.device, memory_format=torch.channels_last)
                 widths[sparsity] = model.widths
-                finish(model, f"{pruner}_{sparsity}", seed, finetune_epochs, pruner, sparsity)
 
+                name = f"{pruner}_{sparsity}"
+                row = new_row(run, model, name, "pruned", seed, run.settings.finetune_epochs)
+                row["pruner"] = pruner
+                row["sparsity"] = sparsity
+                row["baseline_id"] = baseline_id
+                row["accuracy_before"] = evaluate(model, *run.testing)
+                train_evaluate_save(run, model, row, models_dir / f"{name}.pth", after_epoch)
+                rows.append(row)
+                write_results(folder, description, rows)
+
+            # 3. Train the controls, if they are asked for.
             if args.controls:
-                name = f"baseline_{finetune_epochs}_more_epochs"
-                finish(load_model(baseline), name, seed, finetune_epochs)
-                # As long as baseline and fine-tuning together, and as long as fine-tuning alone.
-                lengths = (epochs + finetune_epochs, finetune_epochs)
-                for sparsity, length in product(args.sparsity, lengths):
-                    torch.manual_seed(seed)
-                    name = f"scratch_{sparsity}_{length}_epochs"
-                    finish(CNN(widths[sparsity]), name, seed, length, sparsity=sparsity)
-        if trial:
-            # NNI 3.0 hands two trials that start together each other's parameters, and its records
-            # keep the swap. In the exported CSV these, the true ones, take the records' place.
-            (row,) = (row for row in rows if row["pruner"])
-            final = {**row, **(nni.get_current_parameter() or {}), "heading": heading, "rows": rows}
-            nni.report_final_result({**final, "default": row["accuracy"]})
-    finally:  # what is finished is shown, whatever happened
+                for row in train_controls(run, seed, baseline_path, widths, models_dir):
+                    row["baseline_id"] = baseline_id
+                    rows.append(row)
+                    write_results(folder, description, rows)
+        if args.is_trial:
+            report_trial(rows, heading)
+    except BaseException:
+        # Show what is finished. Whatever goes wrong with that, the first error is the one to raise.
         if rows:
-            frame = as_frame(rows)
-            print(f"{heading}\n\n{report(frame)}")
-            draw(frame, folder / "results.png")
+            with contextlib.suppress(Exception):
+                show_results(heading, rows, picture)
+        raise
+    show_results(heading, rows, picture)
+    models = sum(row["training_seconds"] is not None for row in rows)
+    print(f"\nSaved: {folder}{os.sep} ({models} models, results.json, results.csv, results.png)")
     return rows
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # some consoles have no "±"
     try:
         main()
+        sys.stdout.flush()  # so that a closed pipe is noticed here
     except ExperimentError as error:
         sys.exit(f"NNI_Pruning.py: error: {error}")
     except KeyboardInterrupt:
         print("NNI_Pruning.py: interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        # The reader of the output has gone, as with `| head`. The interpreter's last flush would
+        # fail, too, so the rest goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
