@@ -1,29 +1,57 @@
 """Statistics, verdicts, table, picture and result files, against cases worked out by hand."""
 
 import json
+from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
 from scipy import stats
 
 import NNI_Pruning as script
-from conftest import QUICK, ROOT, accuracy_of, read_idx, saved_weights, table_of
+from conftest import QUICK, ROOT, accuracy_of, files_of, read_idx, saved_weights, table_of
 
 REFERENCE = ROOT / "checkpoints" / "reference"
 
 
+SETTINGS = {"dataset": "mnist", "train_images": 60_000, "baseline_epochs": 3}
+SETTINGS |= {"finetune_epochs": 3, "batch_size": 256, "lr": 0.01}
+
+
 def rows_of(accuracies: dict[str, list[float]], seeds=None, images=10_000) -> list[dict]:
-    """Rows with made-up accuracies, of each name one per seed; a pruned model is L1's or FPGM's."""
+    """Rows with made-up accuracies, one per name and seed.
+
+    The name tells what a model is: baseline, baseline_N_more_epochs, scratch_SPARSITY_N_epochs or
+    PRUNER_SPARSITY.
+    """
     rows = []
     for name, values in accuracies.items():
-        pruner, _, sparsity = name.partition("_") if "Pruner" in name else (None, "", None)
-        small = sparsity or "scratch" in name
+        first, *rest = name.split("_")
+        if "Pruner" in first:
+            kind = "pruned"
+        elif first == "scratch":
+            kind = "scratch"
+        else:
+            kind = "trained_on" if rest else "baseline"
+        is_small = kind in ("pruned", "scratch")
         for seed, accuracy in zip(seeds or range(len(values)), values, strict=True):
-            row = {"name": name, "seed": seed, "widths": [1], "epochs": 3, "pruner": pruner}
-            row |= {"sparsity": sparsity and float(sparsity), "test_images": images, "macs": 5000}
-            row |= {"parameters": 250 if small else 1000, "accuracy": accuracy}
-            row |= {"accuracy_before": 10.0 if pruner else None}
-            rows.append(row | {"training_seconds": 2.0 + seed if small else 8.0 + seed})
+            row = {
+                "name": name,
+                "kind": kind,
+                "seed": seed,
+                "epochs": 3,
+                "pruner": first if kind == "pruned" else None,
+                "sparsity": float(rest[0]) if is_small else None,
+                "widths": [1],
+                "parameters": 250 if is_small else 1000,
+                "macs": 5000,
+                "accuracy_before": 10.0 if kind == "pruned" else None,
+                "accuracy": accuracy,
+                "training_seconds": (2.0 if is_small else 8.0) + seed,
+                "baseline_id": f"of seed {seed}",
+                "test_images": images,
+                **SETTINGS,
+            }
+            rows.append(row)
     return rows
 
 
@@ -48,7 +76,7 @@ def test_interval_of_a_hand_made_case_and_of_scipy():
     assert verdict["answer"] == "yes"
 
 
-HOLDS = "accuracy holds at 0.5: less than 0.10 pp below baseline"
+HOLDS = "L1NormPruner_0.5 is less than 0.10 pp below baseline"
 BETTER = "FPGMPruner_0.5 is better than L1NormPruner_0.5"
 
 
@@ -66,7 +94,33 @@ def test_answers():
     controls = {"baseline_4_more_epochs": [99.9, 99.81], "scratch_0.5_8_epochs": [98.0, 98.01]}
     found = verdicts_of({base: [99.5, 99.4], l1: [99.5, 99.4], **controls})
     assert found[f"{HOLDS}_4_more_epochs"]["answer"] == "no"
-    assert found["pruning is better than scratch_0.5_8_epochs"]["answer"] == "yes"
+    assert found["L1NormPruner_0.5 is better than scratch_0.5_8_epochs"]["answer"] == "yes"
+
+
+def test_each_claim_is_about_one_model_and_its_own_size():
+    pruned = {f"{pruner}_{s}": [s, s] for pruner in script.PRUNERS for s in (0.5, 0.75)}
+    scratch = {f"scratch_{s}_6_epochs": [s, s] for s in (0.5, 0.75)}
+    found = verdicts_of({"baseline": [99.0, 98.0], **pruned, **scratch})
+    expected = []
+    for sparsity in (0.5, 0.75):
+        names = [f"{pruner}_{sparsity}" for pruner in script.PRUNERS]
+        for name in names:
+            expected.append(f"{name} is less than 0.10 pp below baseline")
+            expected.append(f"{name} is better than scratch_{sparsity}_6_epochs")
+        expected.append(f"{names[1]} is better than {names[0]}")
+    assert list(found) == expected
+
+
+def test_seeds_of_one_baseline_give_no_verdict_against_it():
+    rows = rows_of({"baseline": [99.5] * 3, "L1NormPruner_0.5": [98.0, 98.1, 98.2]})
+    rows += rows_of({"scratch_0.5_6_epochs": [90.0, 90.1, 90.3]})
+    assert HOLDS in script.report(script.as_frame(rows))
+    for row in rows:
+        row["baseline_id"] = "of seed 0"
+    text = script.report(script.as_frame(rows))
+    assert HOLDS not in text
+    assert "L1NormPruner_0.5 is better than scratch_0.5_6_epochs" in text
+    assert "All seeds start from one baseline" in text
 
 
 def test_a_line_of_the_table():
@@ -76,50 +130,142 @@ def test_a_line_of_the_table():
     rows += rows_of({"L1NormPruner_0.5": [99.4, 99.0]}, seeds=[1, 0])
     cells = table_of(script.report(script.as_frame(rows)))["L1NormPruner_0.5"]
     assert cells[:4] == ["10.00 ± 0.00", "99.20 ± 0.28", "-0.40", "250"]
-    assert cells[4:] == ["4.0×", "5,000", "2.5 ± 0.7", "3.4×"]  # (8 + 9) / (2 + 3)
+    assert cells[4:] == ["4.0x", "5,000", "2.5 ± 0.7", "3.4x"]  # (8 + 9) / (2 + 3)
 
 
 def test_one_seed_says_how_far_apart_is_apart():
     rows = rows_of({"baseline": [99.5], "L1NormPruner_0.5": [99.23]})
     # 99.23 % of 10,000, a right and a wrong one added: 1.96 * sqrt(2 * p * (1 - p) / 10,002)
-    assert "less than 0.24 pp apart" in script.report(script.as_frame(rows))
+    assert "less than 0.24 pp can be chance" in script.report(script.as_frame(rows))
     rows = rows_of({"baseline": [100.0], "L1NormPruner_0.5": [100.0]}, images=360)
-    assert "less than 0.76 pp apart" in script.report(script.as_frame(rows))  # not 0.00
+    assert "less than 0.76 pp can be chance" in script.report(script.as_frame(rows))  # not 0.00
+    # Two seeds, but no model with both: still no verdict.
+    rows = rows_of({"baseline": [99.5, 99.6]}) + rows_of({"L1NormPruner_0.5": [99.4]})
+    assert "With one seed and 10,000 test images" in script.report(script.as_frame(rows))
 
 
 def test_marks_of_the_picture_are_where_they_belong(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, file: figures.append(figure))
     rows = rows_of({"baseline": [99.5, 99.7], "FPGMPruner_0.5": [99.0, 99.4]})
-    rows += rows_of({"scratch_0.5_3_epochs": [98.0, 98.0]})
+    rows += rows_of({"scratch_0.5_3_epochs": [98.0, 98.0], "baseline_3_more_epochs": [99.8, 99.8]})
     script.draw(script.as_frame(rows), tmp_path / "results.png")
-    marks = [[c.lines[0].get_xydata()[0] for c in axes.containers] for axes in figures[0].axes]
-    assert [mark.tolist() for mark in marks[0]] == [[1000, 99.6], [250, 99.2], [250, 98]]
-    # All the training: the pruned model's 2.5 s after the baseline's 8.5 s.
-    assert [mark[0] for mark in marks[1]] == [8.5, 11.0, 2.5]
+    left, right = figures[0].axes
+    labels = [label.get_text() for label in left.get_yticklabels()]
+    assert labels == [  # the large models first
+        "baseline\n1,000 parameters",
+        "baseline_3_more_epochs\n1,000 parameters",
+        "FPGMPruner_0.5\n250 parameters",
+        "scratch_0.5_3_epochs\n250 parameters",
+    ]
+    dots = [line.get_xdata().tolist() for line in left.lines if line.get_marker() == "o"]
+    assert dots == [[99.5, 99.7], [99.8, 99.8], [99.0, 99.4], [98.0, 98.0]]
+    means = [container.lines[0].get_xydata()[0].tolist() for container in left.containers]
+    assert means == [[99.6, 0], [99.8, 1], [99.2, 2], [98.0, 3]]
+    band = left.patches[0].get_extents().transformed(left.transData.inverted())
+    assert [band.x0, band.x1] == pytest.approx([99.5, 99.6])  # from 0.1 below the baseline's mean
+    # All the training: the pruned model's 2.5 s follow the baseline's 8.5 s.
+    bars = [(bar.get_x(), bar.get_width()) for bar in right.patches]
+    assert bars[0::2] == [(0, 0), (0, 8.5), (0, 8.5), (0, 0)]  # the baseline's share
+    assert bars[1::2] == [(0, 8.5), (8.5, 8.5), (8.5, 2.5), (0, 2.5)]
+    colors = [bar.get_facecolor() for bar in right.patches[1::2]]
+    assert colors[0] == colors[1] == colors[3] != colors[2]
 
 
 def test_a_report_of_earlier_runs(call, tmp_path):
     rows, out, _ = call(*QUICK, "--seeds", 0, 1)
-    content = json.loads((tmp_path / "checkpoints" / "results.json").read_text())
+    content = json.loads((tmp_path / "checkpoints" / "results.json").read_text(encoding="utf-8"))
     assert content["heading"] == out.split("\n\n")[0]
-    assert content["rows"] == json.loads(json.dumps(rows))
+    assert content["rows"] == rows
     again, printed, _ = call("--report", "checkpoints/results.json")
     assert again == content["rows"]
-    assert printed == out
+    shown = out[: out.index("\n\nSaved: ")]
+    picture = Path("checkpoints") / "results.png"
+    assert printed == f"{shown}\n\nSaved: {picture}\n"
+    # An export of NNI's trials, one for each seed.
     trials = [{"value": json.dumps(content | {"rows": rows[at : at + 2]})} for at in (0, 2)]
-    (tmp_path / "trials.json").write_text(json.dumps(trials))
-    assert call("--report", "trials.json")[1] == out  # an export of NNI's trials, a seed each
-    for row in content["rows"]:
-        row["accuracy"] -= 1  # of a run with other settings, say
-    (tmp_path / "other.json").write_text(json.dumps(content))
-    error, *_ = call("--report", "checkpoints/results.json", "other.json")
-    assert "other.json is" in str(error)
-    assert "two results" in str(error)
-    for text in ("", '{"rows": [{"name": "baseline"}]}', json.dumps({"rows": rows[1:2]})):
-        (tmp_path / "other.json").write_text(text)
-        error, *_ = call("--report", "other.json")
-        assert "other.json is no results.json" in str(error)
+    (tmp_path / "trials.json").write_text(json.dumps(trials), encoding="utf-8")
+    before = files_of(tmp_path)
+    _, printed, _ = call("--report", "trials.json")
+    assert printed == f"{shown}\n\nSaved: trials.png\n"
+    call("--report", "trials.json", "checkpoints/results.json")
+    after = files_of(tmp_path)
+    assert after.keys() - before.keys() == {"trials.png", "report.png"}
+    assert all(after[name] == content for name, content in before.items())  # no picture replaced
+
+
+def refusal(call, tmp_path, *contents) -> str:
+    """The message with which `--report` refuses files of these contents."""
+    paths = []
+    for number, content in enumerate(contents):
+        paths.append(tmp_path / f"{number}.json")
+        text = content if isinstance(content, str) else json.dumps(content)
+        paths[-1].write_text(text, encoding="utf-8")
+    error, out, _ = call("--report", *paths)
+    assert isinstance(error, script.ExperimentError)
+    assert out == ""
+    message = str(error)
+    assert str(paths[-1]) in message
+    assert "\n" not in message
+    return message
+
+
+UNLIKE = {
+    "dataset": "digits",
+    "train_images": 6000,
+    "test_images": 1000,
+    "baseline_epochs": 4,
+    "finetune_epochs": 9,
+    "batch_size": 64,
+    "lr": 0.02,
+}
+
+
+@pytest.mark.parametrize("setting", UNLIKE)
+def test_unlike_runs_are_refused_with_what_differs(setting, call, tmp_path):
+    rows = rows_of({"baseline": [99.5], "L1NormPruner_0.5": [99.0]}, seeds=[0])
+    others = rows_of({"baseline": [99.6], "L1NormPruner_0.5": [99.1]}, seeds=[1])
+    runs = [{"heading": "first", "rows": rows}, {"heading": "second", "rows": others}]
+    assert call("--report", *write_json(tmp_path, runs))[0] == rows + others
+    for row in others:
+        row[setting] = UNLIKE[setting]
+    message = refusal(call, tmp_path, *runs)
+    assert f"unlike runs: {setting} is {rows[0][setting]} and {UNLIKE[setting]}" in message
+
+
+def write_json(folder, contents) -> list:
+    paths = [folder / f"like_{number}.json" for number in range(len(contents))]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_text(json.dumps(content), encoding="utf-8")
+    return paths
+
+
+def test_rows_that_do_not_belong_together_are_refused(call, tmp_path):
+    accuracies = {"baseline": [99.5, 99.6], "L1NormPruner_0.5": [99.0, 99.1]}
+    run = {"heading": "run", "rows": rows_of(accuracies)}
+
+    other_baseline = {"heading": "run", "rows": rows_of(accuracies)}
+    other_baseline["rows"][0]["baseline_id"] = "another"
+    assert "seed 0 has different baselines" in refusal(call, tmp_path, other_baseline)
+
+    lacks_one = {"heading": "run", "rows": rows_of(accuracies)[1:]}
+    assert "seed 0 has no baseline" in refusal(call, tmp_path, lacks_one)
+
+    other_result = {"heading": "run", "rows": rows_of(accuracies)}
+    other_result["rows"][3]["accuracy"] = 98.0
+    message = refusal(call, tmp_path, run, other_result)
+    assert "L1NormPruner_0.5, seed 1, has two results" in message
+
+
+def test_files_that_are_no_results_are_refused(call, tmp_path):
+    run = {"heading": "run", "rows": rows_of({"baseline": [99.5], "L1NormPruner_0.5": [99.0]})}
+    enormous = {"heading": "run", "rows": [{**row, "seed": 2**70} for row in run["rows"]]}
+    for content in ("", "3", "{}", '{"rows": [{"name": "baseline"}]}', {**run, "rows": []}):
+        assert "is not a results.json" in refusal(call, tmp_path, content)
+    for content in ({**run, "heading": 5}, {**run, "heading": ["a"]}, {**run, "rows": 7}, enormous):
+        assert "is not a results.json" in refusal(call, tmp_path, content)
+    error, *_ = call("--report", "missing.json")
+    assert "missing.json" in str(error)
 
 
 def test_reference_models_have_the_accuracies_of_their_results(data_dir):
