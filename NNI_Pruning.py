@@ -24,8 +24,10 @@ import math
 import os
 import socket
 import sys
+import traceback
 import warnings
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -33,6 +35,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 # The other packages are imported in the functions that use them: load_model needs only torch, and
@@ -392,56 +395,361 @@ def import_nni():
                 f" --target {target}"
             ) from error
     nni.silence_stdout()
-    logging.getLogger("nni").setLevel(logging.ERROR)
+    logging.getLogger("nni").setLevel(logging.CRITICAL)  # prune itself reports what is wrong
     return nni
 
 
+# The layers that NNI can make narrower. In the second group, each channel stays on its own.
+MIXING = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+CHANNELWISE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.InstanceNorm2d, nn.PReLU)
+
+
 def prune(
-    model: nn.Module, pruner: str, sparsity: float, example_input: Tensor, keep: str | list[str]
+    model: nn.Module,
+    pruner: str,
+    sparsity: float,
+    example_input: Tensor | tuple[Tensor, ...],
+    keep: str | list[str],
 ) -> nn.Module:
-    """A really smaller copy of a network, without the share `sparsity` of each layer's channels.
+    """Return a smaller copy of a network, without the share `sparsity` of its channels.
 
-    L1NormPruner drops the filters of least L1 norm (Li et al. 2017), FPGMPruner those nearest to
-    the geometric median of their layer (He et al. 2019). See NNI's documentation, "Pruning Quick
-    Start" and "Speed Up Model with Mask". The copy is on the CPU and in eval mode; its parameters
-    are new tensors, so make the optimizer for its fine-tuning afterwards.
+    L1NormPruner removes the filters of smallest L1 norm (Li et al. 2017), FPGMPruner those nearest
+    to the geometric median of their layer (He et al. 2019). See NNI's documentation, "Pruning Quick
+    Start" and "Speed Up Model with Mask".
 
-    `model` is any network of one input and one output tensor that torch.fx can trace; its Conv2d
-    and Linear layers are pruned. `pruner` is a name of PRUNERS; `example_input` a batch of eight or
-    so: with a single input NNI may find less to prune. `keep` names layers, or blocks of layers,
-    that keep all their channels: the output layer, whose channels are the classes, and others.
-    Layers whose outputs are added up keep each channel that one of them keeps. ExperimentError
-    where the network cannot be traced or shrunk.
+    Args:
+        model: any network that torch.fx can trace. Its Conv2d and Linear layers are pruned. Layers
+            whose outputs are added lose the same channels.
+        pruner: a name from PRUNERS.
+        sparsity: between 0 and 1.
+        example_input: a batch of about eight inputs, or a tuple of batches for a network with
+            several inputs. With a single input, NNI can prune less.
+        keep: names of layers, or of blocks of layers, that keep all their channels. The output
+            layer must be among them, because its channels are the classes.
+
+    The copy computes what `model` computes with the removed channels set to zero. `prune` compares
+    the two, to 1e-6. Some operations would compute something else with fewer channels: softmax or
+    mean over channels, PixelShuffle, a view of fixed size. Then the error tells which layers to
+    name in `keep`. The layers before a normalization over channels (LayerNorm, GroupNorm) or before
+    a layer that NNI cannot prune (LSTM, Conv3d) keep their channels in any case.
+
+    The copy is on the CPU and in eval mode, and frozen parameters stay frozen. Its parameters are
+    new tensors, so make the optimizer for its fine-tuning afterwards.
+
+    Raises ExperimentError, with layer and cause, if the network cannot be traced or pruned.
     """
-    nni, keep = import_nni(), [keep] if isinstance(keep, str) else keep
-    with contextlib.redirect_stdout(io.StringIO()):  # NNI prints
+    nni = import_nni()
+    if not 0 < sparsity < 1:
+        raise ExperimentError(f"sparsity is {sparsity}, but must be between 0 and 1, both excluded")
+    keep = [keep] if isinstance(keep, str) else list(keep)
+    compact, inputs = copy_for_pruning(model, example_input)
+    graph = trace(compact, inputs, keep)
+    layers = dict(compact.named_modules(remove_duplicate=False))
+    check_prunable(graph, layers, keep)
+    config = {
+        "op_types": ["Conv2d", "Linear"],
+        "exclude_op_names": layers_to_keep(graph, layers, keep),
+        "sparse_ratio": float(sparsity),  # the share to remove
+    }
+    with contextlib.redirect_stdout(io.StringIO()), default_dtype(inputs):  # NNI prints
         try:
-            if not 0 < sparsity < 1:
-                raise ValueError("sparsity must lie between 0 and 1, both excluded")
-            compact, example_input = copy.deepcopy(model).cpu().eval(), example_input.cpu()
-            blocks = [compact.get_submodule(name).named_modules(prefix=name) for name in keep]
-            whole = [name for block in blocks for name, _ in block]
-            config = {"op_types": ["Conv2d", "Linear"], "exclude_op_names": whole}
-            config["sparse_ratio"] = float(sparsity)  # the share to go, not the density
-            shape = compact(example_input).shape
-            nni_pruner = getattr(nni.compression.pruning, pruner)(compact, [config])
+            # The dependency groups make layers whose outputs are added lose the same channels. (The
+            # spelling is NNI's.)
+            configs = nni.compression.speedup.auto_set_denpendency_group_ids(graph, [config])
+            nni_pruner = getattr(nni.compression.pruning, pruner)(compact, configs)
             _, masks = nni_pruner.compress()
             nni_pruner.unwrap_model()
             # ModelSpeedup's own tracer fails on torch >= 2.2 ('NoneType' object has no attribute
-            # 'startswith', NNI issue 5768); it takes a graph from torch.fx instead.
-            graph = torch.fx.symbolic_trace(compact)
-            speedup = nni.compression.speedup.ModelSpeedup
-            compact = speedup(compact, example_input, masks, graph_module=graph).speedup_model()
-            if compact.eval()(example_input).shape != shape:
-                raise ValueError("it gives another shape: does keep name the output layer?")
-            if not count_parameters(compact) < count_parameters(model):
-                raise ValueError("no channel went: the sparsity is too low")
-            for name, parameter in compact.named_parameters():  # what was frozen stays frozen
-                parameter.requires_grad_(model.get_parameter(name).requires_grad)
-        except Exception as error:  # whatever NNI or the tracer raises
-            asked = f"the network cannot be pruned with {pruner}, sparsity {sparsity}, keep {keep}"
-            raise ExperimentError(f"{asked}: {type(error).__name__}: {error}") from error
+            # 'startswith', NNI issue 5768). It accepts a graph from torch.fx instead.
+            speedup = nni.compression.speedup.ModelSpeedup(
+                compact, inputs, masks, graph_module=graph, garbage_collect_values=False
+            )
+            # NNI's own check refuses a layer with one output channel, such as a single logit.
+            speedup.tensor_propagate_check = lambda tensor: tensor.numel() % len(inputs[0]) == 0
+            compact = speedup.speedup_model().eval()
+        except Exception as error:  # NNI raises errors of many kinds
+            node = node_of(error)
+            message = f"NNI cannot prune {name_of(node)} ({one_line(error)})"
+            raise ExperimentError(f"{message}; {advice(node, layers)}") from error
+    # NNI also replaces layers that lost nothing. The old ones still share their weights.
+    for name, layer in layers.items():
+        if shapes_of(layer) == shapes_of(compact.get_submodule(name)) and name:
+            compact.set_submodule(name, layer)
+    if count_parameters(compact) >= count_parameters(model):
+        raise ExperimentError("no channel was removed: is sparsity too low, or keep too long?")
+    check_pruned(compact, graph, speedup.node_infos, inputs)
+    for name, parameter in compact.named_parameters():
+        original = model.get_parameter(name)
+        parameter.data = parameter.data.to(original.dtype)
+        parameter.requires_grad_(original.requires_grad)
+        parameter.grad = None  # a remainder of NNI's work
+    for name, buffer in compact.named_buffers():
+        buffer.data = buffer.data.to(model.get_buffer(name).dtype)
     return compact
+
+
+def copy_for_pruning(model: nn.Module, example_input) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """A copy on the CPU, in eval mode and a precision that NNI can use, and inputs that fit it."""
+    values = dict([*model.named_parameters(), *model.named_buffers()])
+    for name, value in values.items():
+        if value.is_meta:
+            raise ExperimentError(f"{name} is on the device meta and has no values to prune by")
+    try:
+        compact = copy.deepcopy(model).cpu().eval()
+    except Exception as error:  # a network can hold anything
+        raise ExperimentError(f"the network cannot be copied: {one_line(error)}") from error
+    vars(compact).pop("about", None)  # from load_model; it describes the network before pruning
+    is_double = any(value.dtype == torch.float64 for value in values.values())
+    dtype = torch.float64 if is_double else torch.float32
+    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+    return compact.to(dtype), converted(inputs, dtype)
+
+
+def converted(inputs: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The inputs on the CPU; floating-point numbers in that precision."""
+    inputs = [value.detach().cpu() for value in inputs]
+    return tuple(value.to(dtype) if value.is_floating_point() else value for value in inputs)
+
+
+@contextlib.contextmanager
+def default_dtype(inputs: tuple[Tensor, ...]):
+    """While this lasts, new layers have the inputs' precision: NNI makes its layers so."""
+    before = torch.get_default_dtype()
+    is_double = any(value.dtype == torch.float64 for value in inputs)
+    torch.set_default_dtype(torch.float64 if is_double else torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def trace(network: nn.Module, inputs: tuple[Tensor, ...], keep: list[str]) -> torch.fx.GraphModule:
+    """The graph of a network with the shapes of its values.
+
+    If torch.fx cannot look inside all blocks, those in `keep` become single nodes of the graph.
+    """
+    layers = dict(network.named_modules(remove_duplicate=False))
+    try:
+        network(*inputs)
+    except Exception as error:  # the network's own code can raise anything
+        shapes = " and ".join(str(tuple(value.shape)) for value in inputs)
+        message = f"example_input {shapes} does not fit {where(error, layers)}"
+        raise ExperimentError(message) from error
+
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+            return name in single_nodes or super().is_leaf_module(module, name)
+
+    errors = []
+    for blocks in ([], keep):
+        single_nodes = blocks
+        try:
+            graph = torch.fx.GraphModule(network, Tracer().trace(network))
+            with contextlib.redirect_stderr(io.StringIO()):  # ShapeProp prints tracebacks
+                torch.fx.passes.shape_prop.ShapeProp(graph).propagate(*inputs)
+            return graph
+        except Exception as error:  # as above
+            errors.append(error)
+    message = f"torch.fx cannot trace {where(errors[0], layers)}"
+    raise ExperimentError(f"{message}; {advice(None, layers)}") from errors[0]
+
+
+def check_prunable(graph: torch.fx.GraphModule, layers: dict[str, nn.Module], keep: list[str]):
+    """Raise ExperimentError if `keep` has a wrong name, or lacks a layer that it must have."""
+    *_, output = graph.graph.nodes
+    output_layers = feeding(output, layers)
+    for name in keep:
+        if name not in layers:
+            message = f"keep names {name}, but the network has no such layer"
+            raise ExperimentError(f"{message}; the output layer is {', '.join(output_layers)}")
+    kept = inside(keep, layers)
+    for name in output_layers:
+        if name not in kept and isinstance(layers[name], (nn.Conv2d, nn.Linear)):
+            raise ExperimentError(f"layer {name} computes the output; name it in keep")
+    for name, reason in shared_layers(graph, layers).items():
+        if name not in kept:
+            raise ExperimentError(f"{reason}; name it in keep")
+
+
+def shared_layers(graph: torch.fx.GraphModule, layers: dict[str, nn.Module]) -> dict[str, str]:
+    """The layers that use the same parameters more than once, and how they do so."""
+    reasons = {}
+    called = [node.target for node in graph.graph.nodes if node.op == "call_module"]
+    for name in called:
+        calls = called.count(name)
+        if calls > 1 and count_parameters(layers[name]) > 1:
+            times = "twice" if calls == 2 else f"{calls} times"
+            reasons[name] = f"layer {name} is called {times}: NNI masks it for one call only"
+    owners = {}
+    for name, parameter in layers[""].named_parameters(remove_duplicate=False):
+        owners.setdefault(parameter, []).append(name.rpartition(".")[0])
+    for names in owners.values():
+        if len(names) > 1:
+            reason = f"layers {' and '.join(names)} share a parameter: NNI would separate them"
+            reasons.update(dict.fromkeys(names, reason))
+    return reasons
+
+
+def layers_to_keep(graph: torch.fx.GraphModule, layers: dict[str, nn.Module], keep: list[str]):
+    """The layers that keep all channels: those in `keep`, and what feeds layers that need all."""
+    shared = shared_layers(graph, layers)
+    names = inside(keep, layers)
+    for node in graph.graph.nodes:
+        if node.op == "call_module":
+            layer = layers[node.target]
+            is_unknown = type(layer) not in MIXING + CHANNELWISE and shapes_of(layer)
+            if is_unknown or node.target in shared:
+                names.append(node.target)
+                names.extend(feeding(node, layers))
+    return sorted(set(names))
+
+
+def inside(blocks: list[str], layers: dict[str, nn.Module]) -> list[str]:
+    """The names of the blocks and of all layers in them."""
+    return [name for name in layers if any(f"{name}.".startswith(f"{block}.") for block in blocks)]
+
+
+def shapes_of(layer: nn.Module) -> list[torch.Size]:
+    return [value.shape for value in layer.state_dict().values()]
+
+
+def feeding(node: torch.fx.Node, layers: dict[str, nn.Module]) -> list[str]:
+    """The names of the layers whose output channels are the input channels of a node."""
+    names = []
+    seen = set()
+    waiting = list(node.all_input_nodes)
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        layer = layers[node.target] if node.op == "call_module" else None
+        makes_channels = layer is not None and not isinstance(layer, CHANNELWISE)
+        if makes_channels and shapes_of(layer):
+            names.append(node.target)
+        else:
+            waiting.extend(node.all_input_nodes)
+    return names
+
+
+def one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:160]}"
+
+
+def where(error: Exception, layers: dict[str, nn.Module]) -> str:
+    """The layer whose code raised an error, and the error, in one line."""
+    names = {id(layer): f"layer {name}" for name, layer in layers.items() if name}
+    place = "the network"
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        place = names.get(id(frame.f_locals.get("self")), place)
+    return f"{place} ({one_line(error)})"
+
+
+def node_of(error: Exception) -> torch.fx.Node | None:
+    """The node of the graph on which NNI's code worked when it raised an error."""
+    found = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        node = frame.f_locals.get("node")
+        if isinstance(node, torch.fx.Node):
+            found = node
+    return found
+
+
+def name_of(node: torch.fx.Node | None) -> str:
+    if node is None:
+        return "the network"
+    return f"layer {node.target}" if node.op == "call_module" else f"`{node.name}` in forward"
+
+
+def advice(node: torch.fx.Node | None, layers: dict[str, nn.Module]) -> str:
+    """What the user can do about a node that cannot lose channels."""
+    names = feeding(node, layers) if node else []
+    if not names:
+        return "name blocks in keep, or try Torch-Pruning"
+    return f"name the layers before it in keep: {', '.join(names)}"
+
+
+class WithRemovedChannelsZero(torch.fx.Interpreter):
+    """Runs the graph of the original network, with the channels that NNI removes set to zero."""
+
+    def __init__(self, graph: torch.fx.GraphModule, infos: dict) -> None:
+        super().__init__(graph, garbage_collect_values=False)
+        self.infos = infos  # NNI's masks by node of the graph
+
+    def run_node(self, node: torch.fx.Node):
+        layer = self.fetch_attr(node.target) if node.op == "call_module" else None
+        if not isinstance(layer, MIXING + CHANNELWISE):
+            return super().run_node(node)
+        axis = -1 if isinstance(layer, nn.Linear) else 1
+        (value,), _ = self.fetch_args_kwargs_from_env(node)
+        output = layer(self.without_removed(value, node.args[0], axis))
+        return self.without_removed(output, node, axis)
+
+    def without_removed(self, value: Tensor, node: torch.fx.Node, axis: int) -> Tensor:
+        left = channels_left(self.infos[node].output_masks, axis)
+        return (value.movedim(axis, -1) * left).movedim(-1, axis)
+
+
+def channels_left(mask: Tensor, axis: int) -> Tensor:
+    """Which channels a mask leaves: bool (channels,)."""
+    return mask.movedim(axis, 0).reshape(mask.shape[axis], -1).any(dim=1)
+
+
+def check_pruned(compact, graph, infos: dict, inputs: tuple[Tensor, ...]) -> None:
+    """Raise ExperimentError unless the copy computes what the network computes without channels."""
+    dtype = inputs[0].dtype
+    tolerance = 1e-4
+    original = WithRemovedChannelsZero(graph, infos)
+    try:
+        in_double = converted(inputs, torch.float64)
+        graph.double()
+        expected = original.run(*in_double)
+        dtype, inputs, tolerance = torch.float64, in_double, 1e-6
+    except RuntimeError:  # the network's own code needs another precision
+        graph.to(dtype)
+        expected = original.run(*inputs)
+    compact.to(dtype)
+    cause = "computes other values"
+    try:
+        found = tree_leaves(compact(*inputs))
+        wanted = tree_leaves(expected)
+        if len(found) == len(wanted) and all(map(partial(close, tolerance), found, wanted)):
+            return
+    except Exception as error:  # whatever the network's own code raises
+        cause = f"fails ({one_line(error)})"
+    node = first_difference(compact, original, inputs, tolerance)
+    layers = dict(compact.named_modules(remove_duplicate=False))
+    message = f"with fewer channels, {name_of(node)} {cause}"
+    raise ExperimentError(f"{message}; {advice(node, layers)}")
+
+
+def close(tolerance: float, found, wanted) -> bool:
+    """Whether two values are equal; tensors, up to `tolerance` times the largest number."""
+    if not isinstance(wanted, Tensor):
+        return found == wanted
+    if found.shape != wanted.shape:
+        return False
+    difference = (found.double() - wanted.double()).abs().max()
+    return bool(difference <= tolerance * wanted.double().abs().max())
+
+
+def first_difference(compact, original, inputs, tolerance: float) -> torch.fx.Node:
+    """The first node of the graph where the pruned copy fails or computes other values."""
+    copy_run = torch.fx.Interpreter(compact, False, original.graph)
+    with contextlib.suppress(Exception):  # a node where it fails has no value
+        copy_run.run(*inputs)
+    for node in original.graph.nodes:
+        wanted = original.env[node]
+        found = copy_run.env.get(node)
+        mask = original.infos[node].output_masks
+        if isinstance(wanted, Tensor) and isinstance(found, Tensor) and isinstance(mask, Tensor):
+            for axis in range(min(wanted.dim(), found.dim())):
+                if found.shape[axis] != wanted.shape[axis]:
+                    wanted = wanted.movedim(axis, 0)[channels_left(mask, axis)].movedim(0, axis)
+        if isinstance(wanted, Tensor) and (found is None or not close(tolerance, found, wanted)):
+            return node
+    return node
 
 
 # -------------------------------------------------------------------------------- results
