@@ -24,6 +24,7 @@ import math
 import os
 import socket
 import sys
+import timeit
 import traceback
 import warnings
 from dataclasses import asdict, dataclass, fields
@@ -273,7 +274,7 @@ def why_device_fails(name: str) -> str:
         image = torch.ones(1, 1, 3, 3, device=name)
         F.conv2d(image, image).item()
     except Exception as error:  # torch raises errors of several kinds
-        return str(error).partition("\n")[0]
+        return str(error).partition("\n")[0] or type(error).__name__
     return ""
 
 
@@ -308,6 +309,13 @@ def computes_bfloat16(device: torch.device) -> bool:
     return False
 
 
+def time_on(device: torch.device) -> float:
+    """The time in seconds, once the device has done all that it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return timeit.default_timer()
+
+
 def train(model, images, labels, *, epochs, lr, batch_size, seed, title="", after_epoch=None):
     """Train a model in place; returns the seconds of the training steps alone.
 
@@ -321,7 +329,6 @@ def train(model, images, labels, *, epochs, lr, batch_size, seed, title="", afte
     After each epoch, `after_epoch` is called with the accuracy on its training images, in percent.
     Raises ExperimentError if a weight becomes NaN or infinite.
     """
-    from torch.utils.benchmark import timer  # waits for the device before it reads the clock
     from tqdm import trange
 
     device = images.device
@@ -334,7 +341,7 @@ def train(model, images, labels, *, epochs, lr, batch_size, seed, title="", afte
     progress = trange(epochs, desc=title, unit="epoch")
     for _ in progress:
         model.train()
-        start = timer()
+        start = time_on(device)
         # The CPU draws all random numbers of an epoch at once. So the steps never wait for the
         # device, and the order is the same on every kind of device.
         order = torch.randperm(len(images), generator=generator).to(device)
@@ -353,7 +360,7 @@ def train(model, images, labels, *, epochs, lr, batch_size, seed, title="", afte
             optimizer.zero_grad()
             scheduler.step()
             correct += (logits.detach().argmax(1) == target).sum()
-        seconds += timer() - start
+        seconds += time_on(device) - start
         if not all(parameter.isfinite().all() for parameter in model.parameters()):
             raise ExperimentError(f"{title}: the loss diverged; lower --lr (now {lr:g})")
         accuracy = 100 * correct.item() / len(images)
@@ -376,23 +383,24 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 # -------------------------------------------------------------------------------- pruning
 def import_nni():
-    """NNI, with its pruners and ModelSpeedup, and quiet; ExperimentError where it is missing."""
+    """Import NNI with its pruners and ModelSpeedup; raises ExperimentError if it is missing."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they concern NNI's own code
-        # NNI 3.0, its last release, requires a typeguard (< 4.1.3) that imports ast.Str, which
-        # Python 3.14 removed, and never uses it. Goes when NNI admits a newer typeguard.
+        warnings.simplefilter("ignore")  # they are about NNI's own code
+        # NNI 3.0, the last release, requires a typeguard (< 4.1.3) that imports ast.Str but never
+        # uses it. Python 3.14 removed that name.
         if not hasattr(ast, "Str"):
             ast.Str = ast.Constant
         try:
             import nni.compression.pruning
             import nni.compression.speedup
         except ModuleNotFoundError as error:
-            pip, target = f"{sys.executable} -m pip install", Path(torch.__file__).parents[1]
+            pip = f"{sys.executable} -m pip install"
+            site_packages = Path(torch.__file__).parents[1]
             raise ExperimentError(
-                f"NNI is missing, or not all there ({error}): {pip} -r requirements.txt\n"
-                "before that, on Apple silicon and ARM Linux, for which it has no wheel:\n"
+                f"NNI is missing or incomplete ({error}): {pip} -r requirements.txt\n"
+                "On Apple silicon and ARM Linux, for which NNI has no package, first run\n"
                 f"{pip} nni==3.0 --no-deps --only-binary :all: --platform macosx_10_9_x86_64"
-                f" --target {target}"
+                f" --target {site_packages}"
             ) from error
     nni.silence_stdout()
     logging.getLogger("nni").setLevel(logging.CRITICAL)  # prune itself reports what is wrong
@@ -473,7 +481,7 @@ def prune(
             raise ExperimentError(f"{message}; {advice(node, layers)}") from error
     # NNI also replaces layers that lost nothing. The old ones still share their weights.
     for name, layer in layers.items():
-        if shapes_of(layer) == shapes_of(compact.get_submodule(name)) and name:
+        if name and shapes_of(layer) == shapes_of(compact.get_submodule(name)):
             compact.set_submodule(name, layer)
     if count_parameters(compact) >= count_parameters(model):
         raise ExperimentError("no channel was removed: is sparsity too low, or keep too long?")
@@ -1354,7 +1362,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
 
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # some consoles have no "±"
+        if isinstance(stream, io.TextIOWrapper):  # a notebook has others
+            stream.reconfigure(errors="replace")  # some consoles have no "±"
     try:
         main()
         sys.stdout.flush()  # so that a closed pipe is noticed here
