@@ -536,6 +536,8 @@ def trace(network: nn.Module, inputs: tuple[Tensor, ...], keep: list[str]) -> to
 
     If torch.fx cannot look inside all blocks, those in `keep` become single nodes of the graph.
     """
+    from torch.fx.passes.shape_prop import ShapeProp
+
     layers = dict(network.named_modules(remove_duplicate=False))
     try:
         network(*inputs)
@@ -554,7 +556,7 @@ def trace(network: nn.Module, inputs: tuple[Tensor, ...], keep: list[str]) -> to
         try:
             graph = torch.fx.GraphModule(network, Tracer().trace(network))
             with contextlib.redirect_stderr(io.StringIO()):  # ShapeProp prints tracebacks
-                torch.fx.passes.shape_prop.ShapeProp(graph).propagate(*inputs)
+                ShapeProp(graph).propagate(*inputs)
             return graph
         except Exception as error:  # as above
             errors.append(error)
