@@ -1033,12 +1033,12 @@ def draw(frame, path: Path) -> None:
         right.barh(position, earlier_seconds, color="#cccccc")
         right.barh(position, seconds, left=earlier_seconds, color=color)
         total = earlier_seconds + seconds
-        right.text(total, position, f" {total:.0f} s", verticalalignment="center")
+        right.text(total, position, f" {total:.1f} s", verticalalignment="center")
     left.set_yticks(range(len(models)), labels)
     left.invert_yaxis()
     left.set_xlabel(f"test accuracy, %\ngrey band: at most {TOLERANCE} points below the baseline")
     right.set_xlabel("training, s\nlight grey: the baseline's, before it")
-    right.margins(x=0.15)  # room for the seconds
+    right.margins(x=0.2)  # room for the seconds
 
     file = io.BytesIO()
     figure.savefig(file)
