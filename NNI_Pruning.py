@@ -1,15 +1,15 @@
 """What structured channel pruning does to a CNN: accuracy, size and training time, on MNIST.
 
     python NNI_Pruning.py                          # everything
-    python NNI_Pruning.py --subset 6000 --epochs 2 # a first look, in seconds
+    python NNI_Pruning.py --subset 6000 --epochs 2 # a quick look
 
-Trains a baseline CNN and saves it; prunes it with NNI's L1NormPruner and FPGMPruner at two channel
-sparsities, makes each pruned model really smaller with ModelSpeedup, fine-tunes it and saves it;
-prints one table. On two cores of an AMD EPYC (torch 2.15.0, NNI 3.0) this takes 48 s and reaches,
-mean of five seeds: 99.57 % baseline, 99.5 % with 3.9 times fewer parameters, 99.23 % with 15 times.
+The script trains a CNN. It prunes it with NNI's L1NormPruner and FPGMPruner at two channel
+sparsities, makes each pruned model smaller with ModelSpeedup, and fine-tunes it. It saves every
+model and prints one table. @@HEAD@@
 
-The file reads in the order in which it runs; `main`, at its end, is the experiment. To take a model
-home, or to prune a network of your own: `from NNI_Pruning import load_model, prune`.
+Start at `main`, at the end: it is the experiment. The functions before it are in groups: model,
+data, training, pruning, results, report, options. To load a saved model, or to prune a network of
+your own: `from NNI_Pruning import load_model, prune`.
 """
 
 import argparse
@@ -28,7 +28,6 @@ import timeit
 import traceback
 import warnings
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -39,8 +38,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-# The other packages are imported in the functions that use them: load_model needs only torch, and
-# prune only torch and NNI.
+# Other packages are imported where they are used: load_model needs only torch, and prune NNI too.
 
 PRUNERS = ("L1NormPruner", "FPGMPruner")
 SPARSITIES = (0.5, 0.75)  # the two configurations: the share of each layer's channels to remove
@@ -76,15 +74,15 @@ class CNN(nn.Module):
     The baseline and all pruned models are of this class. They differ in `widths`: the output
     channels of conv1, conv2 and conv3, and the output features of hidden.
 
-    Input: float (N, 1, 28, 28), pixels in 0..1, normalised with MEAN and DEVIATION.
+    Input: float (N, 1, 28, 28), pixels in 0..1, normalized with MEAN and DEVIATION.
     Output: float (N, 10), logits.
     """
 
     def __init__(self, widths: tuple[int, ...] = WIDTHS) -> None:
         super().__init__()
         c1, c2, c3, features = widths
-        # On the largest map, pooling and normalisation would take longer than the convolution. So
-        # conv1 has stride 2 instead of pooling, and no BatchNorm: its input is normalised already.
+        # On the largest map, pooling and normalization would take longer than the convolution. So
+        # conv1 has stride 2 instead of pooling, and no BatchNorm: its input is normalized already.
         self.conv1 = nn.Conv2d(1, c1, 5, stride=2)  # 28 -> 12
         # A convolution before a BatchNorm needs no bias: BatchNorm has one.
         self.conv2 = nn.Conv2d(c1, c2, 3, bias=False)  # 12 -> 10, pooled to 5
@@ -96,7 +94,7 @@ class CNN(nn.Module):
         self.output = nn.Linear(features, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        # Pooling comes before normalisation: the smaller map takes a quarter of the work.
+        # Pooling comes before normalization: the smaller map takes a quarter of the work.
         x = F.relu(self.conv1(images), inplace=True)
         x = F.relu(self.norm2(self.pool(self.conv2(x))), inplace=True)
         x = F.relu(self.norm3(self.pool(self.conv3(x))), inplace=True)
@@ -114,7 +112,10 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def count_macs(model: CNN) -> int:
-    """Multiply-accumulates (MACs) of one image's forward pass: half of torch's operation count."""
+    """Multiply-accumulates (MACs) of one image's forward pass: half of torch's operation count.
+
+    Leaves the model in eval mode.
+    """
     model.eval()  # in training mode, BatchNorm's statistics would move
     image = torch.zeros(1, 1, 28, 28, device=model.output.weight.device)
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
@@ -200,10 +201,8 @@ def load_small_digits():
     images = F.pad(images, (4, 4, 4, 4)).squeeze(1)  # 20 x 20 in a frame of 28 x 28, as MNIST
     labels = torch.tensor(labels)
     indices = torch.arange(len(labels))
-    train_part, test_part = train_test_split(
-        indices, test_size=0.2, random_state=0, stratify=labels
-    )
-    return [(images[train_part], labels[train_part]), (images[test_part], labels[test_part])]
+    parts = train_test_split(indices, test_size=0.2, random_state=0, stratify=labels)
+    return [(images[part], labels[part]) for part in parts]
 
 
 def load_data(name: str | None, data_dir: Path, subset: int | None):
@@ -254,8 +253,8 @@ def normalised(images: Tensor) -> Tensor:
 def limit_threads() -> None:
     """Use no more threads than the processors that this process may use.
 
-    torch takes one thread for each core of the machine, also where a container or a scheduler
-    allows only two of 64. OMP_NUM_THREADS, if it is set, decides instead.
+    torch takes one thread for each core of the machine. With 32 threads on two cores, a training
+    takes 200 times as long. OMP_NUM_THREADS, if it is set, decides instead.
     """
     if "OMP_NUM_THREADS" in os.environ:
         return
@@ -309,14 +308,14 @@ def computes_bfloat16(device: torch.device) -> bool:
     return False
 
 
-def time_on(device: torch.device) -> float:
+def synchronized_time(device: torch.device) -> float:
     """The time in seconds, once the device has done all that it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return timeit.default_timer()
 
 
-def train(model, images, labels, *, epochs, lr, batch_size, seed, title="", after_epoch=None):
+def train(model, images, labels, *, epochs, lr, batch_size, seed, title, after_epoch=None):
     """Train a model in place; returns the seconds of the training steps alone.
 
     Uses AdamW (Loshchilov and Hutter 2019), the one-cycle schedule (Smith and Topin 2018) and label
@@ -324,9 +323,15 @@ def train(model, images, labels, *, epochs, lr, batch_size, seed, title="", afte
     (Micikevicius et al. 2018): the layers compute in bfloat16, while weights, loss and optimizer
     stay in float32.
 
-    Images: uint8 (N, 28 + 2 * MAX_SHIFT, 28 + 2 * MAX_SHIFT). Each batch takes a slice of 28 x 28
-    at a random place. Labels: int64 (N,). `seed` decides the order of the images and the shifts.
-    After each epoch, `after_epoch` is called with the accuracy on its training images, in percent.
+    Args:
+        images: uint8 (N, 28 + 2 * MAX_SHIFT, 28 + 2 * MAX_SHIFT). Each batch takes a slice of
+            28 x 28 at a random place.
+        labels: int64 (N,).
+        lr: the peak of the one-cycle schedule.
+        seed: decides the order of the images, and the slices.
+        title: stands before the progress bar.
+        after_epoch: is called with the accuracy on the epoch's training images, in percent.
+
     Raises ExperimentError if a weight becomes NaN or infinite.
     """
     from tqdm import trange
@@ -341,7 +346,7 @@ def train(model, images, labels, *, epochs, lr, batch_size, seed, title="", afte
     progress = trange(epochs, desc=title, unit="epoch")
     for _ in progress:
         model.train()
-        start = time_on(device)
+        start = synchronized_time(device)
         # The CPU draws all random numbers of an epoch at once. So the steps never wait for the
         # device, and the order is the same on every kind of device.
         order = torch.randperm(len(images), generator=generator).to(device)
@@ -349,8 +354,7 @@ def train(model, images, labels, *, epochs, lr, batch_size, seed, title="", afte
         correct = torch.zeros((), device=device)
         for batch, (top, left) in zip(order.split(batch_size), shifts, strict=True):
             target = labels[batch]
-            # index_select copies whole images; images[batch] copies bytes and takes ten times as
-            # long.
+            # index_select copies whole images; images[batch] would take ten times as long.
             padded = images.index_select(0, batch)
             shifted = padded[:, top : top + 28, left : left + 28]
             with mixed_precision:
@@ -360,7 +364,7 @@ def train(model, images, labels, *, epochs, lr, batch_size, seed, title="", afte
             optimizer.zero_grad()
             scheduler.step()
             correct += (logits.detach().argmax(1) == target).sum()
-        seconds += time_on(device) - start
+        seconds += synchronized_time(device) - start
         if not all(parameter.isfinite().all() for parameter in model.parameters()):
             raise ExperimentError(f"{title}: the loss diverged; lower --lr (now {lr:g})")
         accuracy = 100 * correct.item() / len(images)
@@ -407,7 +411,8 @@ def import_nni():
     return nni
 
 
-# The layers that NNI can make narrower. In the second group, each channel stays on its own.
+# The layers that NNI can make narrower. Those of the first group compute each output channel from
+# many input channels, those of the second from one.
 MIXING = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 CHANNELWISE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.InstanceNorm2d, nn.PReLU)
 
@@ -419,73 +424,85 @@ def prune(
     example_input: Tensor | tuple[Tensor, ...],
     keep: str | list[str],
 ) -> nn.Module:
-    """Return a smaller copy of a network, without the share `sparsity` of its channels.
+    """Return a copy of a network with fewer channels.
 
     L1NormPruner removes the filters of smallest L1 norm (Li et al. 2017), FPGMPruner those nearest
     to the geometric median of their layer (He et al. 2019). See NNI's documentation, "Pruning Quick
     Start" and "Speed Up Model with Mask".
 
+    The copy computes what `model` computes with the removed channels set to zero. `prune` compares
+    the two in float64, to 1e-6 of the largest output. (If the network's code needs float32, it
+    compares them in float32, to 1e-4.) Some operations would compute something else with fewer
+    channels: softmax or mean over channels, PixelShuffle, a view of fixed size. Then the error
+    tells which layers to name in `keep`. The layers before a normalization over channels
+    (LayerNorm, GroupNorm) or before a layer that NNI cannot prune (LSTM, Conv3d) keep their
+    channels in any case.
+
+    The copy is on the CPU and in eval mode, and frozen parameters stay frozen. Its parameters are
+    new tensors, so make the optimizer for its fine-tuning afterwards.
+
     Args:
         model: any network that torch.fx can trace. Its Conv2d and Linear layers are pruned. Layers
             whose outputs are added lose the same channels.
         pruner: a name from PRUNERS.
-        sparsity: between 0 and 1.
+        sparsity: the share of each layer's channels to remove; between 0 and 1, both excluded.
         example_input: a batch of about eight inputs, or a tuple of batches for a network with
             several inputs. With a single input, NNI can prune less.
         keep: names of layers, or of blocks of layers, that keep all their channels. The output
             layer must be among them, because its channels are the classes.
 
-    The copy computes what `model` computes with the removed channels set to zero. `prune` compares
-    the two, to 1e-6. Some operations would compute something else with fewer channels: softmax or
-    mean over channels, PixelShuffle, a view of fixed size. Then the error tells which layers to
-    name in `keep`. The layers before a normalization over channels (LayerNorm, GroupNorm) or before
-    a layer that NNI cannot prune (LSTM, Conv3d) keep their channels in any case.
-
-    The copy is on the CPU and in eval mode, and frozen parameters stay frozen. Its parameters are
-    new tensors, so make the optimizer for its fine-tuning afterwards.
-
     Raises ExperimentError, with layer and cause, if the network cannot be traced or pruned.
     """
     nni = import_nni()
+    if pruner not in PRUNERS:
+        raise ExperimentError(f"pruner is {pruner}, but must be one of {', '.join(PRUNERS)}")
     if not 0 < sparsity < 1:
         raise ExperimentError(f"sparsity is {sparsity}, but must be between 0 and 1, both excluded")
     keep = [keep] if isinstance(keep, str) else list(keep)
-    compact, inputs = copy_for_pruning(model, example_input)
-    graph = trace(compact, inputs, keep)
+    compact, inputs, dtype = copy_for_pruning(model, example_input)
+    traced = trace(compact, inputs, keep)
     layers = dict(compact.named_modules(remove_duplicate=False))
-    check_prunable(graph, layers, keep)
+    shared = shared_layers(traced, layers)
+    check_prunable(traced, layers, keep, shared)
     config = {
         "op_types": ["Conv2d", "Linear"],
-        "exclude_op_names": layers_to_keep(graph, layers, keep),
-        "sparse_ratio": float(sparsity),  # the share to remove
+        "exclude_op_names": layers_to_keep(traced, layers, keep, shared),
+        "sparse_ratio": float(sparsity),
     }
-    with contextlib.redirect_stdout(io.StringIO()), default_dtype(inputs):  # NNI prints
+    # The dependency groups (NNI spells them so) make layers whose outputs are added lose the same
+    # channels.
+    configs = nni.compression.speedup.auto_set_denpendency_group_ids(traced, [config])
+    if not configs:
+        raise ExperimentError("every layer is in keep, or comes before one that keeps its channels")
+    with contextlib.redirect_stdout(io.StringIO()), default_dtype(dtype):  # NNI prints
         try:
-            # The dependency groups make layers whose outputs are added lose the same channels. (The
-            # spelling is NNI's.)
-            configs = nni.compression.speedup.auto_set_denpendency_group_ids(graph, [config])
             nni_pruner = getattr(nni.compression.pruning, pruner)(compact, configs)
             _, masks = nni_pruner.compress()
             nni_pruner.unwrap_model()
             # ModelSpeedup's own tracer fails on torch >= 2.2 ('NoneType' object has no attribute
             # 'startswith', NNI issue 5768). It accepts a graph from torch.fx instead.
             speedup = nni.compression.speedup.ModelSpeedup(
-                compact, inputs, masks, graph_module=graph, garbage_collect_values=False
+                compact, inputs, masks, graph_module=traced, logger=logging.getLogger("nni")
             )
+            for info in speedup.node_infos.values():
+                info._output_randomize = None  # after `x.size()` NNI deletes it, but never sets it
             # NNI's own check refuses a layer with one output channel, such as a single logit.
-            speedup.tensor_propagate_check = lambda tensor: tensor.numel() % len(inputs[0]) == 0
+            speedup.tensor_propagate_check = lambda tensor: tensor.numel() % speedup.batch_size == 0
             compact = speedup.speedup_model().eval()
         except Exception as error:  # NNI raises errors of many kinds
             node = node_of(error)
             message = f"NNI cannot prune {name_of(node)} ({one_line(error)})"
             raise ExperimentError(f"{message}; {advice(node, layers)}") from error
-    # NNI also replaces layers that lost nothing. The old ones still share their weights.
+    # NNI also replaces layers that lost nothing. Put the old ones back, because other layers may
+    # share their parameters.
     for name, layer in layers.items():
         if name and shapes_of(layer) == shapes_of(compact.get_submodule(name)):
             compact.set_submodule(name, layer)
     if count_parameters(compact) >= count_parameters(model):
         raise ExperimentError("no channel was removed: is sparsity too low, or keep too long?")
-    check_pruned(compact, graph, speedup.node_infos, inputs)
+    output_masks = {node: info.output_masks for node, info in speedup.node_infos.items()}
+    speedup.node_infos.clear()  # they hold all intermediate values
+    check_pruned(compact, traced, layers, output_masks, inputs, dtype)
     for name, parameter in compact.named_parameters():
         original = model.get_parameter(name)
         parameter.data = parameter.data.to(original.dtype)
@@ -496,12 +513,17 @@ def prune(
     return compact
 
 
-def copy_for_pruning(model: nn.Module, example_input) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """A copy on the CPU, in eval mode and a precision that NNI can use, and inputs that fit it."""
+def copy_for_pruning(model: nn.Module, example_input):
+    """A copy on the CPU and in eval mode, inputs that fit it, and their precision.
+
+    NNI needs float32 or float64.
+    """
     values = dict([*model.named_parameters(), *model.named_buffers()])
     for name, value in values.items():
         if value.is_meta:
             raise ExperimentError(f"{name} is on the device meta and has no values to prune by")
+        if value.dim() > 1 and not value.any():
+            raise ExperimentError(f"{name} is all zero: NNI takes the layers before it for unused")
     try:
         compact = copy.deepcopy(model).cpu().eval()
     except Exception as error:  # a network can hold anything
@@ -509,8 +531,8 @@ def copy_for_pruning(model: nn.Module, example_input) -> tuple[nn.Module, tuple[
     vars(compact).pop("about", None)  # from load_model; it describes the network before pruning
     is_double = any(value.dtype == torch.float64 for value in values.values())
     dtype = torch.float64 if is_double else torch.float32
-    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
-    return compact.to(dtype), converted(inputs, dtype)
+    inputs = (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
+    return compact.to(dtype), converted(inputs, dtype), dtype
 
 
 def converted(inputs: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -520,19 +542,29 @@ def converted(inputs: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, .
 
 
 @contextlib.contextmanager
-def default_dtype(inputs: tuple[Tensor, ...]):
-    """While this lasts, new layers have the inputs' precision: NNI makes its layers so."""
+def default_dtype(dtype: torch.dtype):
+    """Set torch's default dtype for a while: NNI creates its layers in it."""
     before = torch.get_default_dtype()
-    is_double = any(value.dtype == torch.float64 for value in inputs)
-    torch.set_default_dtype(torch.float64 if is_double else torch.float32)
+    torch.set_default_dtype(dtype)
     try:
         yield
     finally:
         torch.set_default_dtype(before)
 
 
+class BlockTracer(torch.fx.Tracer):
+    """Makes each of the named blocks a single node of the graph, without looking inside."""
+
+    def __init__(self, blocks: list[str]) -> None:
+        super().__init__()
+        self.blocks = blocks
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return name in self.blocks or super().is_leaf_module(module, name)
+
+
 def trace(network: nn.Module, inputs: tuple[Tensor, ...], keep: list[str]) -> torch.fx.GraphModule:
-    """The graph of a network with the shapes of its values.
+    """A network with its torch.fx graph, which has the shapes of all values.
 
     If torch.fx cannot look inside all blocks, those in `keep` become single nodes of the graph.
     """
@@ -540,54 +572,32 @@ def trace(network: nn.Module, inputs: tuple[Tensor, ...], keep: list[str]) -> to
 
     layers = dict(network.named_modules(remove_duplicate=False))
     try:
-        network(*inputs)
+        with torch.no_grad():
+            network(*inputs)
     except Exception as error:  # the network's own code can raise anything
         shapes = " and ".join(str(tuple(value.shape)) for value in inputs)
-        message = f"example_input {shapes} does not fit {where(error, layers)}"
+        message = f"example_input {shapes} does not fit {place_and_error(error, layers)}"
         raise ExperimentError(message) from error
-
-    class Tracer(torch.fx.Tracer):
-        def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-            return name in single_nodes or super().is_leaf_module(module, name)
-
     errors = []
     for blocks in ([], keep):
-        single_nodes = blocks
         try:
-            graph = torch.fx.GraphModule(network, Tracer().trace(network))
+            traced = torch.fx.GraphModule(network, BlockTracer(blocks).trace(network))
             with contextlib.redirect_stderr(io.StringIO()):  # ShapeProp prints tracebacks
-                ShapeProp(graph).propagate(*inputs)
-            return graph
+                ShapeProp(traced).propagate(*inputs)
+            return traced
         except Exception as error:  # as above
             errors.append(error)
-    message = f"torch.fx cannot trace {where(errors[0], layers)}"
+    message = f"torch.fx cannot trace {place_and_error(errors[0], layers)}"
     raise ExperimentError(f"{message}; {advice(None, layers)}") from errors[0]
 
 
-def check_prunable(graph: torch.fx.GraphModule, layers: dict[str, nn.Module], keep: list[str]):
-    """Raise ExperimentError if `keep` has a wrong name, or lacks a layer that it must have."""
-    *_, output = graph.graph.nodes
-    output_layers = feeding(output, layers)
-    for name in keep:
-        if name not in layers:
-            message = f"keep names {name}, but the network has no such layer"
-            raise ExperimentError(f"{message}; the output layer is {', '.join(output_layers)}")
-    kept = inside(keep, layers)
-    for name in output_layers:
-        if name not in kept and isinstance(layers[name], (nn.Conv2d, nn.Linear)):
-            raise ExperimentError(f"layer {name} computes the output; name it in keep")
-    for name, reason in shared_layers(graph, layers).items():
-        if name not in kept:
-            raise ExperimentError(f"{reason}; name it in keep")
-
-
-def shared_layers(graph: torch.fx.GraphModule, layers: dict[str, nn.Module]) -> dict[str, str]:
+def shared_layers(traced: torch.fx.GraphModule, layers: dict[str, nn.Module]) -> dict[str, str]:
     """The layers that use the same parameters more than once, and how they do so."""
     reasons = {}
-    called = [node.target for node in graph.graph.nodes if node.op == "call_module"]
+    called = [node.target for node in traced.graph.nodes if node.op == "call_module"]
     for name in called:
         calls = called.count(name)
-        if calls > 1 and count_parameters(layers[name]) > 1:
+        if calls > 1 and count_parameters(layers[name]) > 1:  # 1: a PReLU that has no channels
             times = "twice" if calls == 2 else f"{calls} times"
             reasons[name] = f"layer {name} is called {times}: NNI masks it for one call only"
     owners = {}
@@ -600,11 +610,27 @@ def shared_layers(graph: torch.fx.GraphModule, layers: dict[str, nn.Module]) -> 
     return reasons
 
 
-def layers_to_keep(graph: torch.fx.GraphModule, layers: dict[str, nn.Module], keep: list[str]):
-    """The layers that keep all channels: those in `keep`, and what feeds layers that need all."""
-    shared = shared_layers(graph, layers)
+def check_prunable(traced, layers: dict[str, nn.Module], keep: list[str], shared: dict[str, str]):
+    """Raise ExperimentError if `keep` has a wrong name, or lacks a layer that it must have."""
+    *_, output = traced.graph.nodes
+    output_layers = feeding(output, layers)
+    for name in keep:
+        if name not in layers:
+            message = f"keep names {name}, but the network has no such layer"
+            raise ExperimentError(f"{message}; the output layer is {', '.join(output_layers)}")
+    kept = inside(keep, layers)
+    for name in output_layers:
+        if name not in kept and isinstance(layers[name], (nn.Conv2d, nn.Linear)):
+            raise ExperimentError(f"layer {name} computes the output; name it in keep")
+    for name, reason in shared.items():
+        if name not in kept:
+            raise ExperimentError(f"{reason}; name it in keep")
+
+
+def layers_to_keep(traced, layers: dict[str, nn.Module], keep: list[str], shared) -> list[str]:
+    """The layers in `keep`, those that NNI cannot prune, and the layers before these."""
     names = inside(keep, layers)
-    for node in graph.graph.nodes:
+    for node in traced.graph.nodes:
         if node.op == "call_module":
             layer = layers[node.target]
             is_unknown = type(layer) not in MIXING + CHANNELWISE and shapes_of(layer)
@@ -629,16 +655,15 @@ def feeding(node: torch.fx.Node, layers: dict[str, nn.Module]) -> list[str]:
     seen = set()
     waiting = list(node.all_input_nodes)
     while waiting:
-        node = waiting.pop()
-        if node in seen:
+        current = waiting.pop()
+        if current in seen:
             continue
-        seen.add(node)
-        layer = layers[node.target] if node.op == "call_module" else None
-        makes_channels = layer is not None and not isinstance(layer, CHANNELWISE)
-        if makes_channels and shapes_of(layer):
-            names.append(node.target)
+        seen.add(current)
+        layer = layers[current.target] if current.op == "call_module" else None
+        if layer is None or isinstance(layer, CHANNELWISE) or not shapes_of(layer):
+            waiting.extend(current.all_input_nodes)
         else:
-            waiting.extend(node.all_input_nodes)
+            names.append(current.target)
     return names
 
 
@@ -647,7 +672,7 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:160]}"
 
 
-def where(error: Exception, layers: dict[str, nn.Module]) -> str:
+def place_and_error(error: Exception, layers: dict[str, nn.Module]) -> str:
     """The layer whose code raised an error, and the error, in one line."""
     names = {id(layer): f"layer {name}" for name, layer in layers.items() if name}
     place = "the network"
@@ -681,90 +706,108 @@ def advice(node: torch.fx.Node | None, layers: dict[str, nn.Module]) -> str:
 
 
 class WithRemovedChannelsZero(torch.fx.Interpreter):
-    """Runs the graph of the original network, with the channels that NNI removes set to zero."""
+    """Runs the original network with the channels that NNI removes set to zero.
 
-    def __init__(self, graph: torch.fx.GraphModule, infos: dict) -> None:
-        super().__init__(graph, garbage_collect_values=False)
-        self.infos = infos  # NNI's masks by node of the graph
+    NNI removes channels from the inputs and the outputs of layers. `masks` has its mask for the
+    output of each node of the graph.
+    """
+
+    def __init__(self, traced: torch.fx.GraphModule, masks: dict[torch.fx.Node, Tensor]) -> None:
+        super().__init__(traced)
+        self.masks = masks
 
     def run_node(self, node: torch.fx.Node):
         layer = self.fetch_attr(node.target) if node.op == "call_module" else None
         if not isinstance(layer, MIXING + CHANNELWISE):
             return super().run_node(node)
         axis = -1 if isinstance(layer, nn.Linear) else 1
-        (value,), _ = self.fetch_args_kwargs_from_env(node)
-        output = layer(self.without_removed(value, node.args[0], axis))
+        (value, *others), options = self.fetch_args_kwargs_from_env(node)
+        output = layer(self.without_removed(value, node.args[0], axis), *others, **options)
         return self.without_removed(output, node, axis)
 
     def without_removed(self, value: Tensor, node: torch.fx.Node, axis: int) -> Tensor:
-        left = channels_left(self.infos[node].output_masks, axis)
-        return (value.movedim(axis, -1) * left).movedim(-1, axis)
+        remaining = remaining_channels(self.masks[node], axis)
+        return (value.movedim(axis, -1) * remaining).movedim(-1, axis)
 
 
-def channels_left(mask: Tensor, axis: int) -> Tensor:
+def remaining_channels(mask: Tensor, axis: int) -> Tensor:
     """Which channels a mask leaves: bool (channels,)."""
     return mask.movedim(axis, 0).reshape(mask.shape[axis], -1).any(dim=1)
 
 
-def check_pruned(compact, graph, infos: dict, inputs: tuple[Tensor, ...]) -> None:
-    """Raise ExperimentError unless the copy computes what the network computes without channels."""
-    dtype = inputs[0].dtype
-    tolerance = 1e-4
-    original = WithRemovedChannelsZero(graph, infos)
+@torch.no_grad()
+def check_pruned(compact, traced, layers, masks: dict, inputs, dtype: torch.dtype) -> None:
+    """Raise ExperimentError unless the copy computes what the network computes without channels.
+
+    Both compute in float64; in `dtype`, if the network's own code needs that.
+    """
+    original = WithRemovedChannelsZero(traced, masks)
+    precision = 1e-6
     try:
+        traced.double()
         in_double = converted(inputs, torch.float64)
-        graph.double()
-        expected = original.run(*in_double)
-        dtype, inputs, tolerance = torch.float64, in_double, 1e-6
-    except RuntimeError:  # the network's own code needs another precision
-        graph.to(dtype)
-        expected = original.run(*inputs)
-    compact.to(dtype)
-    cause = "computes other values"
+        expected = tree_leaves(original.run(*in_double))
+        inputs = in_double
+        compact.double()
+    except RuntimeError:
+        precision = 1e-4
+        traced.to(dtype)
+        expected = tree_leaves(original.run(*inputs))
+        compact.to(dtype)
     try:
-        found = tree_leaves(compact(*inputs))
-        wanted = tree_leaves(expected)
-        if len(found) == len(wanted) and all(map(partial(close, tolerance), found, wanted)):
+        outputs = tree_leaves(compact(*inputs))
+        if all_equal(outputs, expected, precision):
             return
-    except Exception as error:  # whatever the network's own code raises
+        cause = "computes other values"
+    except Exception as error:  # the network's own code can raise anything
         cause = f"fails ({one_line(error)})"
-    node = first_difference(compact, original, inputs, tolerance)
-    layers = dict(compact.named_modules(remove_duplicate=False))
+    node = first_difference(compact, original, inputs, precision)
     message = f"with fewer channels, {name_of(node)} {cause}"
     raise ExperimentError(f"{message}; {advice(node, layers)}")
 
 
-def close(tolerance: float, found, wanted) -> bool:
-    """Whether two values are equal; tensors, up to `tolerance` times the largest number."""
-    if not isinstance(wanted, Tensor):
-        return found == wanted
-    if found.shape != wanted.shape:
+def all_equal(values: list, expected: list, precision: float) -> bool:
+    """Whether two lists have the same values; tensors, up to a share of their largest number."""
+    if len(values) != len(expected):
         return False
-    difference = (found.double() - wanted.double()).abs().max()
-    return bool(difference <= tolerance * wanted.double().abs().max())
+    for value, wanted in zip(values, expected, strict=True):
+        if not isinstance(wanted, Tensor):
+            if value != wanted:
+                return False
+        elif not isinstance(value, Tensor) or value.shape != wanted.shape:
+            return False
+        else:
+            difference = (value.double() - wanted.double()).abs().max()
+            if not difference <= precision * wanted.double().abs().max():
+                return False
+    return True
 
 
-def first_difference(compact, original, inputs, tolerance: float) -> torch.fx.Node:
+def first_difference(compact, original, inputs, precision: float) -> torch.fx.Node:
     """The first node of the graph where the pruned copy fails or computes other values."""
-    copy_run = torch.fx.Interpreter(compact, False, original.graph)
+    original.garbage_collect_values = False  # so that env keeps the values of all nodes
+    original.run(*inputs)
+    copy_run = torch.fx.Interpreter(compact, garbage_collect_values=False, graph=original.graph)
     with contextlib.suppress(Exception):  # a node where it fails has no value
         copy_run.run(*inputs)
     for node in original.graph.nodes:
         wanted = original.env[node]
-        found = copy_run.env.get(node)
-        mask = original.infos[node].output_masks
-        if isinstance(wanted, Tensor) and isinstance(found, Tensor) and isinstance(mask, Tensor):
-            for axis in range(min(wanted.dim(), found.dim())):
-                if found.shape[axis] != wanted.shape[axis]:
-                    wanted = wanted.movedim(axis, 0)[channels_left(mask, axis)].movedim(0, axis)
-        if isinstance(wanted, Tensor) and (found is None or not close(tolerance, found, wanted)):
+        value = copy_run.env.get(node)
+        mask = original.masks[node]
+        if isinstance(wanted, Tensor) and isinstance(value, Tensor) and isinstance(mask, Tensor):
+            # Without the channels that the copy lost, the shapes are equal.
+            for axis in range(min(wanted.dim(), value.dim())):
+                if value.shape[axis] != wanted.shape[axis]:
+                    remaining = remaining_channels(mask, axis)
+                    wanted = wanted.movedim(axis, 0)[remaining].movedim(0, axis)
+        if isinstance(wanted, Tensor) and not all_equal([value], [wanted], precision):
             return node
-    return node
+    return node  # the output
 
 
 # -------------------------------------------------------------------------------- results
 def write(path: Path, content: bytes) -> None:
-    """Write a file so that, after a crash, it is either the old one or complete.
+    """Write a file. A crash leaves the old file or the new one, never a part.
 
     Raises ExperimentError if it cannot be written.
     """
@@ -781,7 +824,7 @@ def write(path: Path, content: bytes) -> None:
 
 @dataclass(frozen=True)
 class Settings:
-    """What rows must have in common to be compared."""
+    """What rows must have in common to be compared; each field is also a column of the results."""
 
     dataset: str
     train_images: int
@@ -808,13 +851,13 @@ def as_frame(rows: list[dict]):
         values = frame[setting.name].unique()
         if len(values) > 1:
             listed = " and ".join(str(value) for value in values)
-            raise ValueError(f"unlike runs: {setting.name} is {listed}")
+            raise ValueError(f"the runs differ: {setting.name} is {listed}")
     is_baseline = frame["kind"] == "baseline"
     for seed, models in frame.groupby("seed"):
         if "baseline" not in set(models["kind"]):
             raise ValueError(f"seed {seed} has no baseline")
         if models["baseline_id"].nunique() > 1:
-            raise ValueError(f"unlike runs: seed {seed} has different baselines")
+            raise ValueError(f"the runs differ: seed {seed} has different baselines")
     # Each trial of a sweep evaluates the baseline that they share: one of these rows is enough.
     baselines = frame[is_baseline].drop_duplicates("seed")
     others = frame[~is_baseline].drop_duplicates(["name", "seed", "accuracy"])
@@ -867,19 +910,22 @@ def seeds_share_a_baseline(frame) -> bool:
 
 
 def claims_to_test(frame) -> list[tuple[str, str, str, float]]:
-    """Claims about the pruned models: (text, model, reference, tolerance in percentage points)."""
+    """Claims about the pruned models: (text, name, name of the reference, tolerance).
+
+    A claim is that the difference in accuracy is above -tolerance, in percentage points.
+    """
     pruned = frame[frame["kind"] == "pruned"]
-    baselines = list(frame[frame["kind"] == "trained_on"]["name"].unique())
+    references = list(frame[frame["kind"] == "trained_on"]["name"].unique())
     if not seeds_share_a_baseline(frame):  # one baseline cannot tell how far baselines differ
-        baselines.insert(0, "baseline")
+        references.insert(0, "baseline")
     claims = []
     for sparsity, models in pruned.groupby("sparsity"):
         names = list(models["name"].unique())
         same_size = frame[(frame["kind"] == "scratch") & (frame["sparsity"] == sparsity)]
         for name in names:
-            for baseline in baselines:
-                text = f"{name} is less than {TOLERANCE:.2f} pp below {baseline}"
-                claims.append((text, name, baseline, TOLERANCE))
+            for reference in references:
+                text = f"{name} is less than {TOLERANCE:.2f} pp below {reference}"
+                claims.append((text, name, reference, TOLERANCE))
             for scratch in same_size["name"].unique():
                 claims.append((f"{name} is better than {scratch}", name, scratch, 0.0))
         for other in names[1:]:
@@ -908,9 +954,8 @@ def verdicts(frame) -> list[dict]:
         high = None
         answer = "cannot tell"
         if differences.nunique() > 1:  # equal differences would give an interval of width 0
-            interval = stats.t.interval(0.95, seeds - 1, mean, differences.sem())
-            low = float(interval[0])
-            high = float(interval[1])
+            error = differences.sem()
+            low, high = map(float, stats.t.interval(0.95, seeds - 1, mean, error))
             if low > -tolerance:
                 answer = "yes"
             elif high < -tolerance:
@@ -938,21 +983,21 @@ def results_table(frame) -> str:
 
     baselines = frame[frame["kind"] == "baseline"].set_index("seed")
     lines = []
-    for name, model in frame.set_index("seed").groupby("name", sort=False):
-        baseline = baselines.loc[model.index]  # of the same seeds
-        gain = (model["accuracy"] - baseline["accuracy"]).mean()
-        parameters = model["parameters"].iloc[0]
-        fewer = baseline["parameters"].iloc[0] / parameters
-        faster = baseline["training_seconds"].mean() / model["training_seconds"].mean()
+    for name, rows in frame.set_index("seed").groupby("name", sort=False):
+        baseline_rows = baselines.loc[rows.index]  # of the same seeds
+        gain = (rows["accuracy"] - baseline_rows["accuracy"]).mean()
+        parameters = rows["parameters"].iloc[0]
+        fewer = baseline_rows["parameters"].iloc[0] / parameters
+        faster = baseline_rows["training_seconds"].mean() / rows["training_seconds"].mean()
         line = {
             "model": name,
-            "before\ntuning, %": mean_and_deviation(model["accuracy_before"], 2),
-            "accuracy\n%": mean_and_deviation(model["accuracy"], 2),
+            "before\ntuning, %": mean_and_deviation(rows["accuracy_before"], 2),
+            "accuracy\n%": mean_and_deviation(rows["accuracy"], 2),
             "pp to\nbaseline": f"{gain:+.2f}",
             "parameters": f"{parameters:,}",
             "times\nfewer": f"{fewer:.1f}x",
-            "MACs per\nimage": f"{model['macs'].iloc[0]:,}",
-            "training\ntime, s": mean_and_deviation(model["training_seconds"], 1),
+            "MACs per\nimage": f"{rows['macs'].iloc[0]:,}",
+            "training\ntime, s": mean_and_deviation(rows["training_seconds"], 1),
             "times\nfaster": "" if math.isnan(faster) else f"{faster:.1f}x",
         }
         lines.append(line)
@@ -967,9 +1012,9 @@ def smallest_visible_difference(frame) -> float:
     The half width of the 95 % interval of the difference of two proportions, with one right and one
     wrong image added to each (Agresti and Caffo 2000). So it is not 0 if all images are right.
     """
-    images = frame["test_images"].min()
-    lowest = frame["accuracy"].min() / 100
-    proportion = (lowest * images + 1) / (images + 2)
+    images = frame["test_images"].iloc[0]
+    widest = min(frame["accuracy"], key=lambda accuracy: abs(accuracy - 50))  # interval
+    proportion = (widest / 100 * images + 1) / (images + 2)
     return 100 * 1.96 * math.sqrt(2 * proportion * (1 - proportion) / (images + 2))
 
 
@@ -978,16 +1023,16 @@ def report(frame) -> str:
     from tabulate import tabulate
 
     parts = [results_table(frame)]
-    found = verdicts(frame)
-    if found:
-        parts.append(tabulate(found, headers="keys", floatfmt="+.2f"))
+    answers = verdicts(frame)
+    if answers:
+        parts.append(tabulate(answers, headers="keys", floatfmt="+.2f"))
         parts.append(
             "Differences in percentage points (pp), with 95 % intervals over the seeds."
-            f" Each interval alone\nis wrong 1 time in 20, and the table has {len(found)}."
+            f" Each interval alone\nis wrong 1 time in 20, and the table has {len(answers)}."
         )
     else:
         parts.append(
-            f"With one seed and {frame['test_images'].min():,} test images, a difference of less"
+            f"With one seed and {frame['test_images'].iloc[0]:,} test images, a difference of less"
             f" than {smallest_visible_difference(frame):.2f} pp can be chance.\n"
             "More seeds can tell more: --seeds 0 1 2 3 4"
         )
@@ -1004,37 +1049,37 @@ GREY = "#595959"
 
 
 def draw(frame, path: Path) -> None:
-    """Draw a row per model: its accuracy for each seed, and all the training behind it (PNG)."""
+    """Draw the accuracies of each model and its training time, with the baseline's, as PNG."""
     from matplotlib.figure import Figure  # pyplot would look for a screen
 
-    models = [model for _, model in frame.groupby("name", sort=False)]
-    models.sort(key=lambda model: -model["parameters"].iloc[0])  # stable: else in order of the run
-    figure = Figure(figsize=(9, 0.8 + 0.45 * len(models)), dpi=160, layout="constrained")
+    groups = [rows for _, rows in frame.groupby("name", sort=False)]
+    groups.sort(key=lambda rows: -rows["parameters"].iloc[0])  # equal sizes stay in order
+    figure = Figure(figsize=(9, 0.8 + 0.45 * len(groups)), dpi=160, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
 
     baselines = frame[frame["kind"] == "baseline"].set_index("seed")
     baseline_accuracy = baselines["accuracy"].mean()
     left.axvspan(baseline_accuracy - TOLERANCE, baseline_accuracy, color="#e8e8e8")
     labels = []
-    for position, model in enumerate(models):
-        first_row = model.iloc[0]
+    for position, rows in enumerate(groups):
+        first_row = rows.iloc[0]
         color = COLORS.get(first_row["pruner"], GREY)
         labels.append(f"{first_row['name']}\n{first_row['parameters']:,} parameters")
 
-        accuracy = model["accuracy"]
+        accuracy = rows["accuracy"]
         deviation = accuracy.std() if len(accuracy) > 1 else None
         left.plot(accuracy, [position] * len(accuracy), "o", color=color, alpha=0.35)
         left.errorbar(accuracy.mean(), position, xerr=deviation, fmt="D", color=color, capsize=4)
 
         earlier_seconds = 0.0
         if first_row["kind"] in ("pruned", "trained_on"):  # the baseline was trained before it
-            earlier_seconds = baselines["training_seconds"].loc[model["seed"]].fillna(0).mean()
-        seconds = model["training_seconds"].fillna(0).mean()
+            earlier_seconds = baselines["training_seconds"].loc[rows["seed"]].fillna(0).mean()
+        seconds = rows["training_seconds"].fillna(0).mean()
         right.barh(position, earlier_seconds, color="#cccccc")
         right.barh(position, seconds, left=earlier_seconds, color=color)
         total = earlier_seconds + seconds
         right.text(total, position, f" {total:.1f} s", verticalalignment="center")
-    left.set_yticks(range(len(models)), labels)
+    left.set_yticks(range(len(groups)), labels)
     left.invert_yaxis()
     left.set_xlabel(f"test accuracy, %\ngrey band: at most {TOLERANCE} points below the baseline")
     right.set_xlabel("training, s\nlight grey: the baseline's, before it")
@@ -1110,7 +1155,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"argument --{name}: a value is given twice")
     if args.baseline and args.epochs:
         parser.error("argument --epochs: the --baseline is trained already; use --finetune-epochs")
-    if is_trial and not len(args.pruner) == len(args.sparsity) == len(args.seeds) == 1:
+    if is_trial and any(len(values) > 1 for values in (args.pruner, args.sparsity, args.seeds)):
         parser.error("a trial of an NNI experiment needs one --pruner, one --sparsity, one --seed")
     return args
 
@@ -1135,7 +1180,7 @@ def trial_arguments(parser: argparse.ArgumentParser) -> list[str]:
 # ----------------------------------------------------------------------------- experiment
 @dataclass(frozen=True)
 class Run:
-    """What all models of a run share: the device, and the images and labels on it."""
+    """What all models of a run share; the images and labels are on the device."""
 
     device: torch.device
     training: tuple[Tensor, Tensor]
@@ -1203,8 +1248,8 @@ def describe(run: Run, args: argparse.Namespace) -> dict:
     return {"heading": heading, "settings": used, "python": sys.version, "versions": versions}
 
 
-def new_row(run: Run, model: CNN, name: str, kind: str, seed: int, epochs: int) -> dict:
-    """A row of the results, before the training; what is not known yet is None.
+def new_row(run: Run, model: CNN, name: str, kind: str, seed: int, epochs: int, **known) -> dict:
+    """A row of the results before the training; what is neither given nor `known` is None.
 
     `kind` is "baseline", "pruned", "trained_on" (the baseline, trained for more epochs) or
     "scratch" (a compact network from random weights). `epochs` is the length of its own training.
@@ -1224,6 +1269,7 @@ def new_row(run: Run, model: CNN, name: str, kind: str, seed: int, epochs: int) 
         "training_seconds": None,
         "baseline_id": None,
         **asdict(run.settings),
+        **known,
     }
 
 
@@ -1241,30 +1287,33 @@ def train_evaluate_save(run: Run, model: CNN, row: dict, path: Path, after_epoch
         after_epoch=after_epoch,
     )
     row["accuracy"] = evaluate(model, *run.testing)
+    if row["kind"] == "baseline":
+        row["baseline_id"] = fingerprint(model)
     save_model(path, model, row)
 
 
-def train_controls(run: Run, seed: int, baseline_path: Path, widths: dict, models_dir: Path):
-    """Train what the pruned models are compared with, and yield a row for each.
+def train_controls(
+    run: Run, baseline_path: Path, models_dir: Path, widths_by_sparsity: dict, seed: int, **known
+):
+    """Train what the pruned models are compared with; yields a row for each.
 
     These are the baseline, trained for as many more epochs as a pruned model, and networks as
-    narrow as the pruned models, but from random weights. `widths` has their widths by sparsity.
+    narrow as the pruned models, but from random weights. `known` goes into each row.
     """
     epochs = run.settings.finetune_epochs
     name = f"baseline_{epochs}_more_epochs"
     model = load_model(baseline_path)
-    row = new_row(run, model, name, "trained_on", seed, epochs)
+    row = new_row(run, model, name, "trained_on", seed, epochs, **known)
     train_evaluate_save(run, model, row, models_dir / f"{name}.pth")
     yield row
 
     # As long as the baseline and the fine-tuning together, and as long as the fine-tuning alone.
     lengths = (run.settings.baseline_epochs + epochs, epochs)
-    for sparsity, length in product(widths, lengths):
+    for sparsity, length in product(widths_by_sparsity, lengths):
         name = f"scratch_{sparsity}_{length}_epochs"
         torch.manual_seed(seed)
-        model = CNN(widths[sparsity])
-        row = new_row(run, model, name, "scratch", seed, length)
-        row["sparsity"] = sparsity
+        model = CNN(widths_by_sparsity[sparsity])
+        row = new_row(run, model, name, "scratch", seed, length, sparsity=sparsity, **known)
         train_evaluate_save(run, model, row, models_dir / f"{name}.pth")
         yield row
 
@@ -1273,11 +1322,11 @@ def report_trial(rows: list[dict], heading: str) -> None:
     """Hand NNI the result of a trial: the row of its pruned model, and all its rows."""
     nni = import_nni()
     (row,) = [row for row in rows if row["kind"] == "pruned"]
-    # NNI 3.0 can mix up the parameters of two trials that start together in its records. These, the
-    # right ones, replace them in the exported CSV.
+    # NNI 3.0 can record another trial's parameters if two trials start together. The exported CSV
+    # takes these instead.
     parameters = nni.get_current_parameter() or {}
-    result = {**row, **parameters, "heading": heading, "rows": rows, "default": row["accuracy"]}
-    nni.report_final_result(result)
+    result = {**row, **parameters, "heading": heading, "rows": rows}
+    nni.report_final_result({**result, "default": row["accuracy"]})  # NNI maximizes "default"
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
@@ -1306,23 +1355,23 @@ def main(argv: list[str] | None = None) -> list[dict]:
             # The models of the first seed lie in the folder itself.
             models_dir = folder if seed == args.seeds[0] else folder / f"seed_{seed}"
 
-            # 1. Train the baseline and save it, or evaluate the given one.
+            # 1. Train the baseline and save it. If one is given, only evaluate it.
             torch.manual_seed(seed)
             baseline_path = args.baseline or models_dir / "baseline.pth"
-            baseline = load_model(args.baseline) if args.baseline else CNN()
+            baseline = load_model(baseline_path) if args.baseline else CNN()
             row = new_row(run, baseline, "baseline", "baseline", seed, run.settings.baseline_epochs)
             if args.baseline:
                 baseline.to(run.device, memory_format=torch.channels_last)
                 row["accuracy"] = evaluate(baseline, *run.testing)
+                row["baseline_id"] = fingerprint(baseline)
             else:
                 train_evaluate_save(run, baseline, row, baseline_path)
-            baseline_id = fingerprint(baseline)
-            row["baseline_id"] = baseline_id
+            baseline_id = row["baseline_id"]
             rows.append(row)
             write_results(folder, description, rows)
 
             # 2. Prune it with each pruner at each sparsity, and fine-tune.
-            widths = {}
+            widths_by_sparsity = {}  # the same for every pruner
             for pruner, sparsity in product(args.pruner, args.sparsity):
                 # Each row starts from the file and the seed. So it does not depend on other rows.
                 torch.manual_seed(seed)
@@ -1330,13 +1379,21 @@ def main(argv: list[str] | None = None) -> list[dict]:
                 example_input = torch.rand(8, 1, 28, 28)
                 model = prune(baseline, pruner, sparsity, example_input, keep=["output"])
                 model.to(run.device, memory_format=torch.channels_last)
-                widths[sparsity] = model.widths
+                widths_by_sparsity[sparsity] = model.widths
 
                 name = f"{pruner}_{sparsity}"
-                row = new_row(run, model, name, "pruned", seed, run.settings.finetune_epochs)
-                row["pruner"] = pruner
-                row["sparsity"] = sparsity
-                row["baseline_id"] = baseline_id
+                epochs = run.settings.finetune_epochs
+                row = new_row(
+                    run,
+                    model,
+                    name,
+                    "pruned",
+                    seed,
+                    epochs,
+                    pruner=pruner,
+                    sparsity=sparsity,
+                    baseline_id=baseline_id,
+                )
                 row["accuracy_before"] = evaluate(model, *run.testing)
                 train_evaluate_save(run, model, row, models_dir / f"{name}.pth", after_epoch)
                 rows.append(row)
@@ -1344,8 +1401,15 @@ def main(argv: list[str] | None = None) -> list[dict]:
 
             # 3. Train the controls, if they are asked for.
             if args.controls:
-                for row in train_controls(run, seed, baseline_path, widths, models_dir):
-                    row["baseline_id"] = baseline_id
+                controls = train_controls(
+                    run,
+                    baseline_path,
+                    models_dir,
+                    widths_by_sparsity,
+                    seed,
+                    baseline_id=baseline_id,
+                )
+                for row in controls:
                     rows.append(row)
                     write_results(folder, description, rows)
         if args.is_trial:

@@ -230,7 +230,7 @@ def test_unlike_runs_are_refused_with_what_differs(setting, call, tmp_path):
     for row in others:
         row[setting] = UNLIKE[setting]
     message = refusal(call, tmp_path, *runs)
-    assert f"unlike runs: {setting} is {rows[0][setting]} and {UNLIKE[setting]}" in message
+    assert f"the runs differ: {setting} is {rows[0][setting]} and {UNLIKE[setting]}" in message
 
 
 def write_json(folder, contents) -> list:
