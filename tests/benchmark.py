@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from tabulate import tabulate
 from torch import nn
-from torch.utils.benchmark import timer
 from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
 from torchvision.datasets import MNIST
@@ -30,13 +29,13 @@ GOAL = 99.0  # % of the test images
 RECIPE = {"lr": script.LEARNING_RATE, "batch_size": script.BATCH_SIZE["mnist"], "seed": 0}
 
 
-def seconds_of(work) -> float:
-    start = timer()  # which waits for the device to have done what it was given
+def seconds_of(work, device: torch.device) -> float:
+    start = script.time_on(device)  # which waits for the device to have done what it was given
     work()
-    return timer() - start
+    return script.time_on(device) - start
 
 
-def stock_epoch(data_dir: Path, size: int, device: str) -> float:
+def stock_epoch(data_dir: Path, size: int, device: torch.device) -> float:
     """Seconds of the first epoch of PyTorch's basic MNIST example, by its published settings.
 
     1,199,882 parameters, a DataLoader of PIL images, batch 64, Adadelta, learning rate 1.
@@ -58,10 +57,10 @@ def stock_epoch(data_dir: Path, size: int, device: str) -> float:
             F.nll_loss(model(batch), target).backward()
             optimizer.step()
 
-    return seconds_of(epoch)
+    return seconds_of(epoch, device)
 
 
-def new_model(sparsity: float, device: str) -> script.CNN:
+def new_model(sparsity: float, device: torch.device) -> script.CNN:
     """The script's CNN with random weights, as narrow as after pruning."""
     torch.manual_seed(0)
     widths = tuple(round(width * (1 - sparsity)) for width in script.WIDTHS)
@@ -74,21 +73,21 @@ def inference(model: script.CNN, images: torch.Tensor) -> float:
     model.eval()
     with torch.inference_mode():
         model(batches[0])
-        return seconds_of(lambda: [model(batch) for batch in batches])
+        return seconds_of(lambda: [model(batch) for batch in batches], images.device)
 
 
 def time_to_goal(training, testing) -> float:
     """Training seconds of the shortest schedule, annealed to its end, whose model reaches GOAL."""
     for epochs in (3 / 8, 4 / 8, 5 / 8, 6 / 8, 7 / 8, 1, 2, 3, 4):  # below 1: of so many images
         part = [values[: int(len(values) * min(epochs, 1))] for values in training]
-        model = new_model(0, training[0].device.type)
+        model = new_model(0, training[0].device)
         seconds = script.train(model, *part, epochs=max(1, int(epochs)), **RECIPE)
         if script.evaluate(model, *testing) >= GOAL:
             return seconds
     return float("nan")
 
 
-def product_rate(dtype: torch.dtype, device: str) -> float:
+def product_rate(dtype: torch.dtype, device: torch.device) -> float:
     """The machine's own GFLOP/s: the best of several products of square matrices.
 
     As a 1 x 1 convolution, which is the same: on AMD's processors torch's matrix product by MKL may
@@ -96,19 +95,21 @@ def product_rate(dtype: torch.dtype, device: str) -> float:
     """
     pixels, weight = torch.rand(2, 2048, 2048, device=device).to(dtype)
     pixels, weight = pixels.view(1, 32, 64, 2048).permute(0, 3, 1, 2), weight[:, :, None, None]
-    seconds = min(seconds_of(lambda: F.conv2d(pixels, weight)) for _ in range(20))
+    seconds = min(seconds_of(lambda: F.conv2d(pixels, weight), device) for _ in range(20))
     return 2e-9 * 2048**3 / seconds
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Time the script and the stock recipe.")
     parser.add_argument("--data-dir", type=Path, default="data", help="where MNIST is; data")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, help=f"torch's name of it; here {device}")
+    devices = ("cpu", "auto", "cuda", "mps")
+    parser.add_argument("--device", choices=devices, default="cpu", help="cpu")
     parser.add_argument("--repeats", type=int, default=3, help="of each measurement; 3")
     parser.add_argument("--quick", action="store_true", help="6,000 images, one repeat")
     args = parser.parse_args()
-    device, repeats = args.device, 1 if args.quick else args.repeats
+    script.limit_threads()
+    device = script.select_device(args.device)
+    repeats = 1 if args.quick else args.repeats
     _, *data = script.load_data("mnist", args.data_dir, 6000 if args.quick else None)
     training, testing = ([values.to(device) for values in pair] for pair in data)
     images = len(training[1])
@@ -141,11 +142,11 @@ def main() -> None:
         lines.append((name, value, value / seconds[STOCK], value / baseline, rate))
     product_rates = (product_rate(dtype, device) for dtype in (torch.float32, torch.bfloat16))
     print(
-        f"MNIST ({images:,} training and {len(testing[1]):,} test images); {device},"
+        f"MNIST ({images:,} training and {len(testing[1]):,} test images); {device.type},"
         f" {torch.get_num_threads()} threads; medians of {repeats}; torch {torch.__version__};\n"
         "the machine's own GFLOP/s: float32 {:.0f}, bfloat16 {:.0f}\n".format(*product_rates)
     )
-    headers = ("", "seconds", "× stock", "× baseline", "GFLOP/s")
+    headers = ("", "seconds", "x stock", "x baseline", "GFLOP/s")
     print(tabulate(lines, headers, floatfmt=("", ".2f", ".2f", ".2f", ".0f")))
 
 

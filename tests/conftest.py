@@ -1,6 +1,7 @@
 """What the tests share: the script as a module and as a process, MNIST-format data, an oracle."""
 
 import gzip
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torchvision.datasets import MNIST
+from torchvision.datasets.utils import check_integrity
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -18,7 +20,13 @@ import NNI_Pruning as script  # noqa: E402
 
 ARCHIVES = [name for name, _ in MNIST.resources]
 SCRIPT = ROOT / "NNI_Pruning.py"
-QUICK = "--dataset digits --subset 200 --epochs 1 --pruner L1NormPruner --sparsity 0.5".split()
+QUICK = "--dataset digits --subset 200 --pruner L1NormPruner --sparsity 0.5 --epochs 1".split()
+QUICK_TUNING = [*QUICK[:-2], "--finetune-epochs", "1"]  # the same after a given --baseline
+TIMEOUT = 1200  # seconds for what takes 20 s at most here: other machines are slower, and busy
+
+# What somebody has set for other programs must not change what the script writes here.
+for variable in ("FORCE_COLOR", "PYTHONDEVMODE", "PYTHONOPTIMIZE", "PYTHONWARNINGS"):
+    os.environ.pop(variable, None)
 
 
 def idx_bytes(values: torch.Tensor) -> bytes:
@@ -63,25 +71,42 @@ def saved_weights(path: Path) -> dict:
 def data_dir(tmp_path_factory) -> Path:
     """A --data-dir with MNIST's four files, packed and unpacked; tests must not change it.
 
-    The real ones where the first command has left them, else made of the digits.
+    The real ones where the first command has left all four of them, else made of the digits.
     """
     data_dir = tmp_path_factory.mktemp("data")
     raw = data_dir / "MNIST" / "raw"
     raw.mkdir(parents=True)
+    real = ROOT / "data" / "MNIST" / "raw"
+    are_real = all(check_integrity(real / name, md5) for name, md5 in MNIST.resources)
     _, (x, y), test = script.load_data("digits", data_dir, None)
     for name, values in zip(ARCHIVES, (x[:, 1:-1, 1:-1], y, *test), strict=True):
-        real = ROOT / "data" / "MNIST" / "raw" / name
-        packed = real.read_bytes() if real.is_file() else gzip.compress(idx_bytes(values))
+        packed = (real / name).read_bytes() if are_real else gzip.compress(idx_bytes(values))
         (raw / name).write_bytes(packed)
         (raw / name[:-3]).write_bytes(gzip.decompress(packed))
     return data_dir
 
 
-def python(folder, *arguments, env=None) -> subprocess.CompletedProcess:
+def environment(encoding: str = "utf-8", **variables: str) -> dict[str, str]:
+    """The environment of a Python process that writes in that encoding, with more variables.
+
+    Without it a child writes to a pipe in the encoding of the system, Windows' cp1252 for one.
+    """
+    return {**os.environ, "PYTHONIOENCODING": encoding, **variables}
+
+
+def python(
+    folder, *arguments, encoding: str = "utf-8", **variables: str
+) -> subprocess.CompletedProcess:
     """Run Python, most often with SCRIPT, as a process in `folder`, to its end."""
-    command = [sys.executable, *map(str, arguments)]
-    pipes = {"capture_output": True, "text": True, "timeout": 200}
-    return subprocess.run(command, check=False, cwd=folder, env=env, **pipes)
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        check=False,
+        cwd=folder,
+        env=environment(encoding, **variables),
+        capture_output=True,
+        encoding=encoding,
+        timeout=TIMEOUT,
+    )
 
 
 @pytest.fixture
@@ -108,4 +133,4 @@ def table_of(text: str) -> dict[str, list[str]]:
 def files_of(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, with its content: to compare before and after."""
     paths = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}

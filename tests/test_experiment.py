@@ -3,8 +3,11 @@
 import copy
 import csv
 import json
+import os
+import sys
 import timeit
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +17,16 @@ from sklearn.model_selection import train_test_split
 from test_pruning import pruned_by_hand
 
 import NNI_Pruning as script
-from conftest import QUICK, SCRIPT, accuracy_of, python, read_idx, saved_weights, table_of
+from conftest import (
+    QUICK,
+    QUICK_TUNING,
+    SCRIPT,
+    accuracy_of,
+    python,
+    read_idx,
+    saved_weights,
+    table_of,
+)
 
 PRUNED = [f"{pruner}_{sparsity}" for pruner, sparsity in product(script.PRUNERS, script.SPARSITIES)]
 NAMES = ["baseline", *PRUNED]
@@ -29,6 +41,10 @@ def digits_for_testing():
     return F.pad(large[:, 0], (4, 4, 4, 4)), labels[test]
 
 
+def has_real_mnist(data_dir) -> bool:
+    return len(read_idx(data_dir)[1]) == 60_000
+
+
 def mnist_for_testing(data_dir, subset: int):
     """The test images of a --subset of MNIST."""
     _, training_labels, images, labels = read_idx(data_dir)
@@ -41,17 +57,29 @@ def mnist_for_testing(data_dir, subset: int):
 @pytest.fixture(scope="module", params=["digits", "mnist"])
 def finished(request, data_dir, tmp_path_factory):
     """The real script as a process: defaults on the digits, or a subset of MNIST-format files."""
-    folder, digits = tmp_path_factory.mktemp("run"), request.param == "digits"
-    options = ["--dataset", "digits"] if digits else "--subset 6000 --epochs 2 --seed 3".split()
+    folder = tmp_path_factory.mktemp("run")
+    if request.param == "digits":
+        options = ["--dataset", "digits"]
+        images, labels = digits_for_testing()
+        goal = 97
+    else:
+        options = "--subset 6000 --epochs 2 --seed 3".split()
+        if not has_real_mnist(data_dir):  # fewer images: as many steps as with the real ones
+            options += ["--batch-size", "64"]
+        images, labels = mnist_for_testing(data_dir, 6000)
+        goal = 94
     process = python(folder, SCRIPT, "--data-dir", data_dir, *options)
     assert process.returncode == 0, process.stderr
-    images, labels = digits_for_testing() if digits else mnist_for_testing(data_dir, 6000)
-    return process, folder / "checkpoints", images, labels, 97 if digits else 94
+    return process, folder / "checkpoints", images, labels, goal
+
+
+def results_in(folder) -> dict:
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
 def test_it_learns(finished):
     _, folder, *_, goal = finished
-    rows = json.loads((folder / "results.json").read_text())["rows"]
+    rows = results_in(folder)["rows"]
     baseline, *pruned = rows
     assert [row["name"] for row in rows] == NAMES
     assert baseline["accuracy"] >= goal
@@ -64,8 +92,8 @@ def test_it_learns(finished):
 
 def test_table_files_and_models_agree_with_a_count_of_ones_own(finished):
     process, folder, images, labels, _ = finished
-    rows = json.loads((folder / "results.json").read_text())["rows"]
-    with (folder / "results.csv").open(newline="") as file:
+    rows = results_in(folder)["rows"]
+    with (folder / "results.csv").open(newline="", encoding="utf-8") as file:
         lines = {line["name"]: line for line in csv.DictReader(file)}
     table = table_of(process.stdout)
     assert list(table) == list(lines) == NAMES
@@ -90,7 +118,7 @@ def test_table_files_and_models_agree_with_a_count_of_ones_own(finished):
 
 def test_what_a_user_sees(finished):
     process, folder, *_ = finished
-    heading, _, last = process.stdout.split("\n\n")
+    heading, _, last, saved = process.stdout.split("\n\n")
     assert heading.startswith("MNIST (") != ("NOT MNIST (" in heading)
     for part in (f"torch {torch.__version__}", "NNI 3.0", " epochs; seeds "):
         assert part in heading
@@ -98,8 +126,34 @@ def test_what_a_user_sees(finished):
     assert max(map(len, process.stdout.splitlines())) <= 120
     for noise in ("Traceback", "Warning", "Filter"):  # NNI's chatter is silenced
         assert noise not in process.stderr + process.stdout
-    files = [*(f"{name}.pth" for name in NAMES), "results.csv", "results.json", "results.png"]
+    results = ["results.json", "results.csv", "results.png"]
+    assert saved == f"Saved: checkpoints{os.sep} (5 models, {', '.join(results)})\n"
+    files = [*(f"{name}.pth" for name in NAMES), *results]
     assert sorted(path.name for path in folder.iterdir()) == sorted(files)
+
+
+def test_results_say_with_what_settings_they_were_made(finished, data_dir):
+    process, folder, _, labels, _ = finished
+    settings = results_in(folder)["settings"]
+    assert f"({settings.pop('train_images'):,} training and " in process.stdout
+    assert f"CPU, {settings.pop('threads')} threads" in process.stdout
+    assert settings.pop("bfloat16") == (", bf16;" in process.stdout)
+    is_mnist = settings["dataset"] == "mnist"
+    epochs = 2 if is_mnist else 20
+    assert settings == {
+        "dataset": "digits" if "NOT MNIST" in process.stdout else "mnist",
+        "test_images": len(labels),
+        "baseline_epochs": epochs,
+        "finetune_epochs": epochs,
+        "batch_size": 256 if is_mnist and has_real_mnist(data_dir) else 64,
+        "lr": 0.01,
+        "baseline": None,
+        "pruner": list(script.PRUNERS),
+        "sparsity": list(script.SPARSITIES),
+        "seeds": [3 if is_mnist else 0],
+        "controls": False,
+        "device": "cpu",
+    }
 
 
 def test_each_of_several_seeds_is_a_run_of_its_own(call):
@@ -110,21 +164,23 @@ def test_each_of_several_seeds_is_a_run_of_its_own(call):
     for row in (*alone, *both):
         del row["training_seconds"]
     assert alone == [both[3], both[5]]
-    assert both[0]["accuracy"] != both[3]["accuracy"]
-    assert script.load_model("checkpoints/baseline.pth").about["seed"] == 0
-    assert script.load_model("checkpoints/seed_1/baseline.pth").about["seed"] == 1
+    first = script.load_model("checkpoints/baseline.pth")
+    second = script.load_model("checkpoints/seed_1/baseline.pth")
+    assert [first.about["seed"], second.about["seed"]] == [0, 1]
+    assert not first.output.weight.equal(second.output.weight)
 
 
 def test_a_row_starts_from_the_file_that_it_is_given(call):
     call(*QUICK)
-    rows, out, _ = call(*QUICK, "--baseline", "checkpoints/baseline.pth", "--seed", 5, "--controls")
-    assert "checkpoints/baseline.pth (1) + 1 epochs" in out  # nothing was trained: it says so
+    given = Path("checkpoints") / "baseline.pth"
+    rows, out, _ = call(*QUICK_TUNING, "--baseline", given, "--seed", 5, "--controls")
+    assert f"{given} (1) + 1 epochs" in out  # nothing was trained: it says so
     baseline, pruned, *_ = rows
     assert baseline["training_seconds"] is None
     assert baseline["epochs"] == 1
     assert pruned["training_seconds"] > 0
     assert "scratch_0.5_2_epochs" in [row["name"] for row in rows]
-    assert script.load_model("checkpoints/baseline.pth").about["seed"] == 0  # not overwritten
+    assert script.load_model(given).about["seed"] == 0  # not overwritten
 
 
 def test_controls_are_as_long_as_they_say_and_start_where_they_say(call, tmp_path, monkeypatch):
@@ -155,6 +211,54 @@ def test_controls_are_as_long_as_they_say_and_start_where_they_say(call, tmp_pat
         torch.manual_seed(3)  # random weights: what a new net of these widths has by the seed
         new = script.CNN(width).state_dict()
         assert all(value.equal(new[name]) for name, value in start.items())
+
+
+# --------------------------------------------------------------------------------- devices
+
+# An accelerator that this machine cannot have: CUDA on a Mac, Metal (mps) anywhere else.
+ABSENT, OTHER = ("cuda", "mps") if sys.platform == "darwin" else ("mps", "cuda")
+
+
+def test_auto_does_without_an_accelerator_that_does_not_compute(call, monkeypatch):
+    monkeypatch.setattr(getattr(torch, OTHER), "is_available", lambda: False)
+    monkeypatch.setattr(getattr(torch, ABSENT), "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    rows, out, err = call(*QUICK, "--device", "auto")
+    assert len(rows) == 2
+    assert "\nCPU, " in out
+    (reason,) = [line for line in err.splitlines() if ABSENT in line]
+    assert "CPU" in reason
+    monkeypatch.setattr(getattr(torch, ABSENT), "is_available", lambda: False)
+    assert script.select_device("auto") == torch.device("cpu")  # nothing announced, nothing said
+    assert ABSENT not in call(*QUICK, "--device", "auto", "--subset", 70)[2]
+
+
+def test_a_device_by_name_that_does_not_compute_is_an_error_before_training(call, tmp_path):
+    error, out, err = call(*QUICK, "--device", ABSENT)
+    assert isinstance(error, script.ExperimentError)
+    assert ABSENT in str(error)
+    assert "\n" not in str(error)
+    assert out + err == ""
+    assert not [*tmp_path.rglob("*.*")]
+
+
+def test_the_experiment_on_whatever_accelerator_there_is(data_dir, tmp_path):
+    device = script.select_device("auto")
+    if device.type == "cpu":
+        pytest.skip("this machine has no accelerator that torch can use")
+    process = python(tmp_path, SCRIPT, "--dataset", "digits", "--device", "auto")
+    assert process.returncode == 0, process.stderr
+    assert "Warning" not in process.stderr
+    assert f"\n{device.type}" in process.stdout
+    images, labels = digits_for_testing()
+    results = results_in(tmp_path / "checkpoints")
+    assert results["settings"]["device"] == device.type
+    for row in results["rows"]:
+        assert row["accuracy"] >= (97 if row["name"] == "baseline" else 94)
+        # The saved model is one for the CPU, whose sums are rounded otherwise: an image may tip.
+        weights = saved_weights(tmp_path / "checkpoints" / f"{row['name']}.pth")
+        accuracy = accuracy_of(weights, images, labels)
+        assert row["accuracy"] == pytest.approx(accuracy, abs=101 / len(labels))
 
 
 # ------------------------------------------------------------------------ training, closer

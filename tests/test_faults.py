@@ -11,9 +11,9 @@ import os
 import pickle
 import random
 import re
-import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -25,7 +25,24 @@ from torchvision.datasets import MNIST
 from tqdm import tqdm
 
 import NNI_Pruning as script
-from conftest import ARCHIVES, QUICK, SCRIPT, files_of, idx_bytes, read_idx
+from conftest import (
+    ARCHIVES,
+    QUICK,
+    QUICK_TUNING,
+    SCRIPT,
+    TIMEOUT,
+    environment,
+    files_of,
+    idx_bytes,
+    python,
+    read_idx,
+    table_of,
+)
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
 
 
 @pytest.fixture
@@ -55,6 +72,16 @@ def test_a_wrong_option_is_named(argument, fails):
     assert argument.partition("=")[0] in fails(2, *QUICK, argument)
 
 
+def test_a_seed_given_twice_is_named(fails):
+    assert "argument --seeds" in fails(2, *QUICK, "--seeds", 0, 1, 0)
+
+
+def test_epochs_of_a_baseline_that_is_trained_already(given, fails):
+    message = fails(2, *QUICK, "--baseline", given)
+    assert "argument --epochs" in message
+    assert "--finetune-epochs" in message.rpartition("error: ")[2]
+
+
 # ----------------------------------------------------------------------------- .pth files
 
 
@@ -77,7 +104,7 @@ def test_an_unfit_baseline_is_named(given, fails, tmp_path):
     weights = content["state_dict"]
     for spoil in (
         lambda: None,  # there is no such file
-        lambda: bad.write_bytes(pickle.dumps(Evil())),
+        lambda: bad.write_bytes(pickle.dumps(Evil(), protocol=2)),
         lambda: torch.save({**content, "accuracy": Evil()}, bad),
         lambda: torch.save(weights, bad),  # of another script, say
         lambda: torch.save({**content, "state_dict": dict([*weights.items()][:-1])}, bad),
@@ -86,7 +113,7 @@ def test_an_unfit_baseline_is_named(given, fails, tmp_path):
     ):
         bad.unlink(missing_ok=True)
         spoil()
-        assert str(bad) in fails(1, *QUICK, "--baseline", bad)
+        assert str(bad) in fails(1, *QUICK_TUNING, "--baseline", bad)
         assert not (tmp_path / "executed").exists()
 
 
@@ -157,11 +184,12 @@ def test_fuzzed_data_files_are_refused_or_read_right(raw, tmp_path):
 
 
 def test_mnist_arrives_from_the_second_mirror(data_dir, tmp_path, monkeypatch):
-    raw, hotel = data_dir / "MNIST" / "raw", tmp_path / "hotel"
+    raw, hotel, mirror = data_dir / "MNIST" / "raw", tmp_path / "hotel", tmp_path / "mirror"
     hotel.mkdir()
+    mirror.mkdir()
     for name in ARCHIVES:
-        (hotel / name).write_text("<html>Please log in</html>")
-    (tmp_path / "mirror").symlink_to(raw)
+        (hotel / name).write_text("<html>Please log in</html>", encoding="utf-8")
+        shutil.copy(raw / name, mirror)
     sums = [hashlib.md5((raw / name).read_bytes()).hexdigest() for name in ARCHIVES]
     monkeypatch.setattr(MNIST, "resources", [*zip(ARCHIVES, sums, strict=True)])
     monkeypatch.setenv("no_proxy", "*")
@@ -177,13 +205,18 @@ def test_mnist_arrives_from_the_second_mirror(data_dir, tmp_path, monkeypatch):
 
 
 def test_without_a_network(call, fails, monkeypatch):
-    monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])  # where nobody listens
     monkeypatch.setenv("no_proxy", "*")
-    message = fails(1, *QUICK[2:], "--dataset", "mnist")
-    assert "refused" in message
-    assert "put its .gz files into data/MNIST/raw" in message
-    _, out, err = call(*QUICK[2:])
-    assert "refused" in err
+    with socket.socket() as deaf:  # it has a port and does not listen: each call is refused
+        deaf.bind(("127.0.0.1", 0))
+        mirror = f"http://127.0.0.1:{deaf.getsockname()[1]}/"
+        monkeypatch.setattr(MNIST, "mirrors", [mirror])
+        message = fails(1, *QUICK[2:], "--dataset", "mnist")
+        _, out, err = call(*QUICK[2:])
+    for text in (message, err):
+        assert "MNIST could not be downloaded" in text
+        assert mirror in text
+        assert "urlopen error" in text  # and the system's reason, in the user's language
+        assert f"put its .gz files into {Path('data', 'MNIST', 'raw')}" in text
     assert "NOT MNIST (200 training and 33 test images)" in out
 
 
@@ -193,9 +226,10 @@ def test_without_a_network(call, fails, monkeypatch):
 def test_a_folder_that_cannot_be_made(fails, tmp_path):
     (tmp_path / "file").touch()
     message = fails(1, *QUICK, "--checkpoint-dir", "file/new")  # nothing was trained: no output
-    assert "cannot write file/new/.writable" in message
+    assert f"cannot write {Path('file', 'new', '.writable')}" in message
 
 
+@pytest.mark.skipif(resource is None, reason="Windows cannot limit the size of a file")
 def test_a_full_disk_leaves_earlier_files_whole(call, fails, tmp_path):
     call(*QUICK)
     before, (soft, hard) = files_of(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -209,9 +243,18 @@ def test_a_full_disk_leaves_earlier_files_whole(call, fails, tmp_path):
     assert files_of(tmp_path) == before  # and no temporary file
 
 
-def test_a_loss_that_diverges(given, call):
-    error, out, _ = call(*QUICK, "--baseline", given, "--lr", "1e30")
-    assert "lower --lr" in str(error)
+def test_a_picture_that_cannot_be_written_is_the_last_thing_to_fail(call, tmp_path):
+    picture = Path("checkpoints") / "results.png"
+    (tmp_path / picture).mkdir(parents=True)
+    error, out, _ = call(*QUICK)
+    assert f"cannot write {picture}" in str(error)
+    assert [*table_of(out)] == ["baseline", "L1NormPruner_0.5"]
+
+
+def test_a_loss_that_diverges(given, call, tmp_path):
+    (tmp_path / "checkpoints" / "results.png").mkdir(parents=True)
+    error, out, _ = call(*QUICK_TUNING, "--baseline", given, "--lr", "1e30")
+    assert "lower --lr" in str(error)  # and not the picture, which fails after it
     assert "baseline" in out  # the row before it is shown
 
 
@@ -219,29 +262,101 @@ def assert_whole(folder: Path) -> None:
     for path in folder.rglob("*.pth"):
         script.load_model(path)
     assert script.read_results([folder / "results.json"])
-    assert (folder / "results.csv").read_text().endswith("\n")
+    assert (folder / "results.csv").read_text(encoding="utf-8").endswith("\n")
     assert (folder / "results.png").read_bytes().endswith(b"IEND\xaeB`\x82")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot send Ctrl-C to a single process")
 def test_ctrl_c_keeps_what_is_ready(tmp_path):
     command = [sys.executable, SCRIPT, *QUICK, "--finetune-epochs", "1000000"]
     # Were Ctrl-C ignored by whatever started pytest, the child would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=tmp_path, **pipes)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), **pipes)
     shown = ""
     while not re.search(r" [1-9]\d*/1000000 ", shown):  # an epoch of fine-tuning is over
         shown += process.stderr.read(1)
         assert process.poll() is None, shown
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 130
     assert err.endswith("NNI_Pruning.py: interrupted\n")
     assert "Traceback" not in err
-    assert out.splitlines()[-4].startswith("baseline")
+    assert [*table_of(out)] == ["baseline"]
     names = {"baseline.pth", "results.json", "results.csv", "results.png"}
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == names
     assert_whole(tmp_path / "checkpoints")
+
+
+# Runs the script, and interrupts it while it writes its first pruned model.
+INTERRUPTED = """
+import runpy, signal, sys
+from pathlib import Path
+
+write_bytes = Path.write_bytes
+
+
+def write_or_interrupt(path, content):
+    if "L1NormPruner" in path.name:
+        signal.raise_signal(signal.SIGINT)
+    return write_bytes(path, content)
+
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+Path.write_bytes = write_or_interrupt
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_ctrl_c_ends_with_its_status_where_the_picture_fails(tmp_path):
+    (tmp_path / "checkpoints" / "results.png").mkdir(parents=True)
+    process = python(tmp_path, "-c", INTERRUPTED, SCRIPT, *QUICK)
+    assert process.returncode == 130
+    assert process.stderr.endswith("NNI_Pruning.py: interrupted\n")
+    assert "Traceback" not in process.stderr
+    assert [*table_of(process.stdout)] == ["baseline"]
+
+
+# ------------------------------------------------------------------------ consoles and pipes
+
+
+def test_a_console_that_lacks_signs(tmp_path):
+    results = tmp_path / "checkpoints" / "results.json"
+    picture = results.with_name("results.png")
+    run = [*QUICK, "--seeds", 0, 1]
+    for options, encoding in ((run, "ascii"), (["--report", results], "cp1251")):
+        process = python(tmp_path, SCRIPT, *options, encoding=encoding)
+        assert process.returncode == 0, process.stderr
+        _, rows = script.read_results([results])
+        report = script.report(script.as_frame(rows))
+        assert " ± " in report
+        assert report.encode(encoding, "replace").decode(encoding) in process.stdout
+        table = process.stdout[process.stdout.index("\n---") + 1 :].split("\n\n")[0]
+        assert len({len(line) for line in table.splitlines()}) == 1  # the columns are aligned
+        assert picture.read_bytes().endswith(b"IEND\xaeB`\x82")
+        picture.unlink()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows gives another error for a closed pipe")
+def test_a_pipe_that_closes(call, tmp_path):
+    call(*QUICK)
+    command = [sys.executable, SCRIPT, "--report", "checkpoints/results.json"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    process = subprocess.Popen(command, env=environment(PYTHONUNBUFFERED=""), **pipes)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(TIMEOUT) == 1
+
+
+def test_without_docstrings(call, monkeypatch):
+    monkeypatch.setattr(script, "__doc__", None)  # as under python -OO
+    error, out, _ = call("--help")
+    assert error.code == 0
+    assert "--checkpoint-dir" in out
+
+
+# ------------------------------------------------------------------------ kills at any moment
 
 
 def doomed(argv: list[str], moment: float) -> None:
@@ -252,7 +367,7 @@ def doomed(argv: list[str], moment: float) -> None:
         if next(written) != moment:
             return write_bytes(path, content)
         write_bytes(path, content[: len(content) // 2])
-        return os.kill(os.getpid(), signal.SIGKILL)
+        return os.kill(os.getpid(), 9)  # SIGKILL, a name that Windows lacks
 
     Path.write_bytes = half
     torch.set_num_threads(1)  # a fork has no others
@@ -261,6 +376,7 @@ def doomed(argv: list[str], moment: float) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux forks what has run torch's threads")
 def test_sigkill_at_twenty_moments(call, tmp_path):
     call(*QUICK)
     rng, fork = random.Random(1), multiprocessing.get_context("fork")
@@ -271,7 +387,7 @@ def test_sigkill_at_twenty_moments(call, tmp_path):
         process.join(moment if moment < 1 else None)
         process.kill()
         process.join()
-        assert process.exitcode == -signal.SIGKILL, moment
+        assert process.exitcode == -9, moment
         assert_whole(tmp_path / "checkpoints")
     rows, *_ = call(*QUICK)  # and the next run works, and clears away what they left
     assert len(rows) == 2

@@ -1,11 +1,13 @@
 """Pruning against oracles of its own: norms, zeroed channels and arithmetic."""
 
 import copy
+from importlib.metadata import version
 from itertools import product
 
 import pytest
 import torch
 import torchvision
+from packaging.version import Version
 
 import NNI_Pruning as script
 from conftest import ROOT, SCRIPT, logits_of, python
@@ -155,7 +157,10 @@ if hasattr(ast, "__getattr__"):
 
 
 def test_nni_needs_the_mend_on_python_3_14_and_the_script_has_it(tmp_path):
-    assert "cannot import name 'Str'" in python(tmp_path, "-c", f"{AS_ON_3_14}import nni").stderr
+    # For sweeps on Python 3.14 the README has typeguard upgraded: NNI then needs no mend.
+    if Version(version("typeguard")) < Version("4.1.3"):
+        process = python(tmp_path, "-c", f"{AS_ON_3_14}import nni")
+        assert "cannot import name 'Str'" in process.stderr
     mended = f"{AS_ON_3_14}sys.path.insert(0, {str(ROOT)!r})\nimport NNI_Pruning as script\n"
     mended += "script.import_nni()\nprint(ast.Str is ast.Constant)"
     assert python(tmp_path, "-c", mended).stdout == "True\n"

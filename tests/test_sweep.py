@@ -7,9 +7,12 @@ import contextlib
 import csv
 import json
 import os
+import platform
 import random
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -20,13 +23,23 @@ import psutil
 import pytest
 import requests
 import yaml
+from packaging.version import Version
 
 import NNI_Pruning as script
-from conftest import ROOT, SCRIPT, python
+from conftest import ROOT, SCRIPT, TIMEOUT, python
 
 BIN = Path(sys.executable).parent
-SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
-SMALL = "--subset 600 --epochs 1 --batch-size 64"
+BASH = shutil.which("bash")
+SSHD = shutil.which("sshd", path=os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin")))
+SMALL = "--subset 600 --batch-size 64"
+
+needs_a_shell = pytest.mark.skipif(
+    os.name == "nt" or BASH is None, reason="a trial's command is a line for bash"
+)
+needs_nnictl = pytest.mark.skipif(
+    os.name == "nt" or platform.machine() not in ("x86_64", "AMD64"),
+    reason="sweeps work on Linux and macOS, on x86-64: NNI has no program for others",
+)
 
 
 def readme_yaml(platform: str) -> dict:
@@ -37,7 +50,7 @@ def readme_yaml(platform: str) -> dict:
     return by_platform["local"] | by_platform[platform]
 
 
-def until(condition, seconds: float = 60):
+def until(condition, seconds: float = TIMEOUT):
     """What `condition` gives, once it is true."""
     end = time.monotonic() + seconds
     while not (value := condition()):
@@ -62,53 +75,60 @@ def sweep(config: dict, folder: Path, data_dir: Path, meanwhile=lambda: None) ->
 
     `meanwhile` is called once the experiment runs. However this ends, no process is left.
     """
-    if sys.version_info >= (3, 14) and version("typeguard") < "4.1.3":
+    if sys.version_info >= (3, 14) and Version(version("typeguard")) < Version("4.1.3"):
         pytest.skip("nnictl needs a newer typeguard here: see the README")
     code, port = folder / "code", free_port()
     code.mkdir()
     for name in ("NNI_Pruning.py", ".nniignore"):
         shutil.copy(ROOT / name, code)
-    first = f"{SMALL} --sparsity 0.5 --pruner L1NormPruner".split()
+    first = f"{SMALL} --epochs 1 --sparsity 0.5 --pruner L1NormPruner".split()
     python(code, SCRIPT, "--data-dir", data_dir, *first).check_returncode()
-    small = f"NNI_Pruning.py --data-dir '{data_dir}' {SMALL}"  # the README's but for its size
-    config["trialCommand"] = config["trialCommand"].replace("NNI_Pruning.py", small)
-    (code / "sweep.yml").write_text(yaml.safe_dump(config))
-    own = {"HOME": f"{folder}/home", "PATH": f"{BIN}:{os.environ['PATH']}"}
+    # The README's but for its size.
+    options = f"--data-dir {shlex.quote(str(data_dir))} {SMALL} --finetune-epochs 1"
+    command = config["trialCommand"].replace("NNI_Pruning.py", f"NNI_Pruning.py {options}")
+    config["trialCommand"] = command
+    (code / "sweep.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    own = {"HOME": f"{folder}/home", "PATH": f"{BIN}:{os.environ['PATH']}", "no_proxy": "*"}
 
     def nnictl(command: str) -> int:
         return subprocess.call(["nnictl", *command.split()], env=os.environ | own, cwd=code)
 
+    session = requests.Session()
+    session.trust_env = False  # no proxy between this machine and itself
+
     def get(what: str):
-        return requests.get(f"http://127.0.0.1:{port}/api/v1/nni/{what}", timeout=20).json()
+        return session.get(f"http://127.0.0.1:{port}/api/v1/nni/{what}", timeout=TIMEOUT).json()
 
     try:
         # More than once: nnictl gives up if the manager takes more than 3 s to start.
-        until(lambda: nnictl(f"create --config sweep.yml --port {port}") == 0, 20)
+        until(lambda: nnictl(f"create --config sweep.yml --port {port}") == 0)
         meanwhile()
-        until(lambda: get("check-status")["status"] == "DONE", 90)
+        until(lambda: get("check-status")["status"] == "DONE")
         statuses = {trial["trialJobId"]: trial["status"] for trial in get("trial-jobs")}
         for kind in ("csv", "json"):
             nnictl(f"experiment export --type {kind} --filename sweep.{kind}")
         nnictl(f"stop --port {port}")
-        until(lambda: not processes_with("HOME", f"{folder}/"), 10)
+        until(lambda: not processes_with("HOME", f"{folder}/"), 120)
     finally:
         for process in processes_with("HOME", f"{folder}/"):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         for log in (*folder.rglob("nnimanager.log"), *folder.rglob("trial.stderr")):
-            print(log, log.read_text()[-2000:], sep="\n")  # shown where the test fails
+            print(
+                log, log.read_text(encoding="utf-8")[-2000:], sep="\n"
+            )  # shown where the test fails
     return statuses
 
 
 def check(folder: Path, statuses: dict[str, str]) -> None:
     """One trial for each pair; all succeeded; NNI exported what each found itself and saved."""
     assert list(statuses.values()) == ["SUCCEEDED"] * 4
-    with (folder / "code" / "sweep.csv").open(newline="") as file:
+    with (folder / "code" / "sweep.csv").open(newline="", encoding="utf-8") as file:
         exported = {row["trialJobId"]: row for row in csv.DictReader(file)}
     assert exported.keys() == statuses.keys()
     for trial, row in exported.items():
         (saved,) = folder.rglob(f"checkpoints/{trial}/results.json")
-        own = json.loads(saved.read_text())["rows"][-1]
+        own = json.loads(saved.read_text(encoding="utf-8"))["rows"][-1]
         assert row["default"] == str(own["accuracy"])
         # NNI 3.0 may record two trials that start together with each other's parameters.
         for name in ("name", "pruner", "sparsity", "parameters", "macs", "training_seconds"):
@@ -120,12 +140,14 @@ def check(folder: Path, statuses: dict[str, str]) -> None:
 
 
 @pytest.mark.slow
+@needs_nnictl
 def test_local_sweep(data_dir, tmp_path, capsys):
     check(tmp_path, sweep(readme_yaml("local"), tmp_path, data_dir))
     assert "\nFPGMPruner_0.75 " in capsys.readouterr().out
 
 
 @pytest.mark.slow
+@needs_nnictl
 def test_killed_trial_is_shown_as_failed(data_dir, tmp_path):
     def kill_one():
         # A trial with a folder has its parameters: had it died before, NNI would hand them on.
@@ -156,17 +178,19 @@ def machine(home: Path):
         f" -o ListenAddress=127.0.0.1:{port} -o PidFile=none -o Subsystem=sftp\tinternal-sftp"
         f" -o SetEnv=HOME={home}\tPIP_NO_INDEX=1\tPIP_NO_DEPS=1"
     )
-    server = subprocess.Popen(command.split(" "), stderr=subprocess.PIPE, text=True)
+    pipes = {"stderr": subprocess.PIPE, "encoding": "utf-8"}
+    server = subprocess.Popen(command.split(" "), **pipes)
     try:
         assert "listening" in (line := server.stderr.readline()), line
         entry = {"host": "127.0.0.1", "port": port, "user": psutil.Process().username()}
         yield entry | {"sshKeyFile": str(key), "pythonPath": str(BIN)}
     finally:
         server.terminate()
-        server.communicate(timeout=10)
+        server.communicate(timeout=TIMEOUT)
 
 
 @pytest.mark.slow
+@needs_nnictl
 @pytest.mark.skipif(SSHD is None, reason="sshd (Debian's openssh-server) is not installed")
 def test_sweep_over_ssh(data_dir, tmp_path):
     # HOME of both machines is in the sweep's folder: a process left there would be found.
@@ -184,33 +208,69 @@ def test_sweep_over_ssh(data_dir, tmp_path):
         assert sorted(copied) == ours.split()
 
 
-def test_kubernetes_yaml_is_valid(tmp_path):
+def test_kubernetes_yaml_is_valid(tmp_path, monkeypatch):
     """As far as it goes without a cluster: only keys that NNI knows, and all that it needs."""
+    # NNI would write into the environment of Python, which may be another user's.
+    monkeypatch.setenv("NNI_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
     script.import_nni()  # without it NNI cannot be imported on Python 3.14
     from nni.experiment.config import ExperimentConfig
 
-    (tmp_path / "sweep.yml").write_text(yaml.safe_dump(readme_yaml("frameworkcontroller")))
+    text = yaml.safe_dump(readme_yaml("frameworkcontroller"))
+    (tmp_path / "sweep.yml").write_text(text, encoding="utf-8")
     ExperimentConfig.load(tmp_path / "sweep.yml").validate()
 
 
+@needs_a_shell
 def test_cancelled_trial_ends(tmp_path):
     """NNI stops a trial by SIGINT to its shell alone: a Python left behind would train on."""
-    (tmp_path / "NNI_Pruning.py").write_text("import time; time.sleep(30)")
-    command = readme_yaml("local")["trialCommand"].replace("python", sys.executable, 1)
-    shell = psutil.Popen(["/bin/bash", "-c", command], cwd=tmp_path)
+    (tmp_path / "NNI_Pruning.py").write_text("import time; time.sleep(600)", encoding="utf-8")
+    quoted = shlex.quote(sys.executable)
+    command = readme_yaml("local")["trialCommand"].replace("python", quoted, 1)
+    # Were Ctrl-C ignored by whatever started pytest, the shell would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    shell = psutil.Popen([BASH, "-c", command], cwd=tmp_path)
     (python,) = until(shell.children)
-    time.sleep(0.2)  # for the shell to go on from starting it to waiting for it
-    shell.send_signal(2)
-    assert shell.wait(10) == -2  # dead of it: an exit status would make it a trial that failed
-    python.wait(10)
+    until(lambda: "NNI_Pruning.py" in python.cmdline())  # no more a copy of the shell
+    time.sleep(0.5)  # for the shell to go on from starting it to waiting for it
+    shell.send_signal(signal.SIGINT)
+    assert shell.wait(TIMEOUT) == -2  # dead of it: an exit status would be a trial that failed
+    python.wait(60)
 
 
-@pytest.mark.parametrize(("given", "named"), [({"sparsty": 1}, "--sparsty"), ({}, "one --pruner")])
-def test_unfit_parameters_are_named(monkeypatch, capsys, given, named):
-    monkeypatch.setattr(script.import_nni(), "get_next_parameter", lambda: given)
-    monkeypatch.setenv("NNI_PLATFORM", "local")
+@pytest.fixture
+def parse_in_trial(monkeypatch):
+    """`parse_options` without arguments, in a trial with these parameters."""
+
+    def parse(parameters: dict):
+        monkeypatch.setattr(script.import_nni(), "get_next_parameter", lambda: parameters)
+        monkeypatch.setenv("NNI_PLATFORM", "local")
+        return script.parse_options([])
+
+    return parse
+
+
+FITTING = {"pruner": "FPGMPruner", "sparsity": 0.25}
+
+
+def test_parameters_are_options(parse_in_trial):
+    args = parse_in_trial({**FITTING, "finetune_epochs": 2, "controls": True})
+    assert (args.pruner, args.sparsity) == (["FPGMPruner"], [0.25])
+    assert (args.finetune_epochs, args.controls) == (2, True)
+    assert not parse_in_trial({**FITTING, "controls": False}).controls
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({**FITTING, "sparsty": 1}, "sparsty.*finetune_epochs.*sparsity"),  # and the known ones
+        ({**FITTING, "sparsty": False}, "sparsty.*finetune_epochs.*sparsity"),
+        ({}, "one --pruner"),
+    ],
+)
+def test_unfit_parameters_are_named(parse_in_trial, capsys, given, named):
     with pytest.raises(SystemExit, match="2"):
-        script.parse_options([])
+        parse_in_trial(given)
     assert re.search(rf"\nNNI_Pruning\.py: error: .*{named}.*\n\Z", capsys.readouterr().err)
 
 
@@ -218,22 +278,23 @@ def test_what_a_trial_reports(data_dir, tmp_path):
     """By NNI's channel for machines that it uses again and again: a file each way, no manager."""
     given = {"pruner": "FPGMPruner", "sparsity": 0.75, "finetune_epochs": 2}
     file = tmp_path / "parameter.cfg"
-    file.write_text(json.dumps({"parameter_id": 0, "parameters": given}))
+    file.write_text(json.dumps({"parameter_id": 0, "parameters": given}), encoding="utf-8")
     names = {"PLATFORM": "local", "TRIAL_JOB_ID": "one", "SYS_DIR": ".", "OUTPUT_DIR": "."}
-    trial = os.environ | {f"NNI_{name}": value for name, value in names.items()}
+    trial = {f"NNI_{name}": value for name, value in names.items()}
     # A prime number: no share of 601 images is also one of the 100 test images, but 0 and all.
-    options = ["--data-dir", data_dir, *SMALL.split(), "--subset", 601]
-    process = python(tmp_path, SCRIPT, *options, env=trial)
+    options = ["--data-dir", data_dir, *SMALL.split(), "--epochs", 1, "--subset", 601]
+    process = python(tmp_path, SCRIPT, *options, **trial)
     assert process.returncode == 0, process.stderr
     assert "Warning" not in process.stderr
-    text = (tmp_path / ".nni" / "metrics").read_text()
+    text = (tmp_path / ".nni" / "metrics").read_text(encoding="utf-8")
     reported = [json.loads(line) for line in re.findall(r"^ME\d{6}(.*)$", text, re.MULTILINE)]
     # Of the fine-tuning alone: the baseline's epochs would mislead an assessor.
     assert [metric["type"] for metric in reported] == ["PERIODICAL", "PERIODICAL", "FINAL"]
     *shares, final = [json.loads(metric["value"]) for metric in reported]
     right = [share / 100 * 601 for share in shares]
     assert right == pytest.approx([round(number) for number in right])
-    results = json.loads((tmp_path / "checkpoints" / "one" / "results.json").read_text())
+    saved = tmp_path / "checkpoints" / "one" / "results.json"
+    results = json.loads(saved.read_text(encoding="utf-8"))
     shared = {name: results[name] for name in ("heading", "rows")}
     row = results["rows"][-1]
     assert final == {**row, **given, **shared, "default": row["accuracy"]}
