@@ -273,7 +273,8 @@ def why_device_fails(name: str) -> str:
         image = torch.ones(1, 1, 3, 3, device=name)
         F.conv2d(image, image).item()
     except Exception as error:  # torch raises errors of several kinds
-        return str(error).partition("\n")[0] or type(error).__name__
+        first_line = str(error).partition("\n")[0]
+        return first_line.partition(". ")[0] or type(error).__name__
     return ""
 
 
@@ -315,7 +316,7 @@ def synchronized_time(device: torch.device) -> float:
     return timeit.default_timer()
 
 
-def train(model, images, labels, *, epochs, lr, batch_size, seed, title, after_epoch=None):
+def train(model, images, labels, *, epochs, lr, batch_size, seed, title="", after_epoch=None):
     """Train a model in place; returns the seconds of the training steps alone.
 
     Uses AdamW (Loshchilov and Hutter 2019), the one-cycle schedule (Smith and Topin 2018) and label
@@ -339,6 +340,10 @@ def train(model, images, labels, *, epochs, lr, batch_size, seed, title, after_e
     device = images.device
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
+    if device.type == "cpu":
+        # Before each step, torch's optimizer asks an accelerator about graph capture. On a machine
+        # with a GPU, it would initialize CUDA within the timed steps.
+        optimizer._accelerator_graph_capture_health_check = lambda: None
     steps = math.ceil(len(images) / batch_size)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps)
     mixed_precision = torch.autocast(device.type, torch.bfloat16, enabled=computes_bfloat16(device))
@@ -472,6 +477,7 @@ def prune(
     # The dependency groups (NNI spells them so) make layers whose outputs are added lose the same
     # channels.
     configs = nni.compression.speedup.auto_set_denpendency_group_ids(traced, [config])
+    leave_mixed_groups(configs, layers)
     if not configs:
         raise ExperimentError("every layer is in keep, or comes before one that keeps its channels")
     with contextlib.redirect_stdout(io.StringIO()), default_dtype(dtype):  # NNI prints
@@ -522,7 +528,7 @@ def copy_for_pruning(model: nn.Module, example_input):
     for name, value in values.items():
         if value.is_meta:
             raise ExperimentError(f"{name} is on the device meta and has no values to prune by")
-        if value.dim() > 1 and not value.any():
+        if isinstance(value, nn.Parameter) and value.dim() > 1 and not value.any():
             raise ExperimentError(f"{name} is all zero: NNI takes the layers before it for unused")
     try:
         compact = copy.deepcopy(model).cpu().eval()
@@ -638,6 +644,21 @@ def layers_to_keep(traced, layers: dict[str, nn.Module], keep: list[str], shared
                 names.append(node.target)
                 names.extend(feeding(node, layers))
     return sorted(set(names))
+
+
+def leave_mixed_groups(configs: list[dict], layers: dict[str, nn.Module]) -> None:
+    """Take layers out of their dependency group if it has weights of different dimensions.
+
+    NNI cannot add the scores of such layers. Without the group it prunes less, but correctly.
+    """
+    sizes = {}
+    for config in configs:
+        weight = layers[config["op_names"][0]].weight
+        group = sizes.setdefault(config.get("dependency_group_id"), set())
+        group.add((weight.dim(), len(weight)))
+    for config in configs:
+        if len(sizes[config.get("dependency_group_id")]) > 1:
+            config.pop("dependency_group_id", None)
 
 
 def inside(blocks: list[str], layers: dict[str, nn.Module]) -> list[str]:
