@@ -103,8 +103,7 @@ class CNN(nn.Module):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        layers = (getattr(self, name) for name in LAYERS)
-        return tuple(len(layer.weight) for layer in layers)
+        return tuple(len(getattr(self, name).weight) for name in LAYERS)
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -112,10 +111,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def count_macs(model: CNN) -> int:
-    """Multiply-accumulates (MACs) of one image's forward pass: half of torch's operation count.
-
-    Leaves the model in eval mode.
-    """
+    """Multiply-accumulates (MACs) of one image's forward pass: half of torch's count."""
     model.eval()  # in training mode, BatchNorm's statistics would move
     image = torch.zeros(1, 1, 28, 28, device=model.output.weight.device)
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
@@ -130,12 +126,10 @@ def load_model(path: str | Path) -> CNN:
     Raises ExperimentError if the file cannot be read or is not a model saved by this script.
     """
     try:
-        content = torch.load(
-            path, map_location="cpu", weights_only=True
-        )  # runs no code in the file
+        # With weights_only, no code in the file runs.
+        content = torch.load(path, map_location="cpu", weights_only=True)
         weights = content.pop("state_dict")
-        widths = [len(weights[f"{layer}.weight"]) for layer in LAYERS]
-        model = CNN(tuple(widths))
+        model = CNN(tuple(len(weights[f"{layer}.weight"]) for layer in LAYERS))
         model.load_state_dict(weights)
     except Exception as error:  # a damaged file can make torch raise almost any error
         raise ExperimentError(
@@ -164,11 +158,7 @@ def fingerprint(model: nn.Module) -> str:
 
 # ----------------------------------------------------------------------------------- data
 def load_mnist(data_dir: Path):
-    """Training and test set of MNIST, downloaded if they are not in `data_dir`.
-
-    Raises MissingDataError if MNIST is not there and cannot be downloaded, and ExperimentError if
-    its files cannot be read.
-    """
+    """Training and test set of MNIST, downloaded if they are not in `data_dir`."""
     from torchvision.datasets import MNIST
 
     socket.setdefaulttimeout(10)  # seconds; torchvision sets no time-out and could wait for ever
@@ -206,14 +196,12 @@ def load_small_digits():
 
 
 def load_data(name: str | None, data_dir: Path, subset: int | None):
-    """Load "mnist" or "digits"; if `name` is None, MNIST, or the digits if there is no MNIST.
-
-    With `subset`, loads that many training images and a sixth as many test images. Every seed gets
-    the same ones.
+    """Load "mnist" or "digits". None means MNIST, or the digits if it cannot be downloaded.
 
     Returns the name, (images, labels) for training and (images, labels) for testing. Images are
     uint8 (N, 28, 28). Those for training have MAX_SHIFT more pixels of background on each side, so
-    that a slice is a shifted image. Labels are int64 (N,).
+    that a slice is a shifted image. Labels are int64 (N,). With `subset`, there are that many
+    training images and a sixth as many test images, the same for every seed.
 
     Raises ExperimentError if MNIST cannot be read, or is asked for and cannot be downloaded.
     """
@@ -233,8 +221,7 @@ def load_data(name: str | None, data_dir: Path, subset: int | None):
         training = random_part(training, subset, generator)
         testing = random_part(testing, max(1, subset // 6), generator)
     images, labels = training
-    padded = F.pad(images, (MAX_SHIFT, MAX_SHIFT, MAX_SHIFT, MAX_SHIFT))
-    return dataset, (padded, labels), testing
+    return dataset, (F.pad(images, [MAX_SHIFT] * 4), labels), testing
 
 
 def random_part(data, size: int, generator: torch.Generator):
@@ -264,11 +251,8 @@ def limit_threads() -> None:
 
 
 def why_device_fails(name: str) -> str:
-    """Why a device cannot compute; an empty text if it can.
-
-    A device may be announced and still fail: torch may have no kernels for an old graphics card, or
-    its driver may be too old. So a small computation tries it.
-    """
+    """Why a device cannot compute; an empty text if it can."""
+    # A device may be announced and still fail: it, or its driver, may be too old for torch.
     try:
         image = torch.ones(1, 1, 3, 3, device=name)
         F.conv2d(image, image).item()
@@ -279,9 +263,9 @@ def why_device_fails(name: str) -> str:
 
 
 def select_device(name: str) -> torch.device:
-    """The device of that name; for "auto" the first accelerator that works, otherwise the CPU.
+    """The named device; for "auto" the first accelerator that works, otherwise the CPU.
 
-    Raises ExperimentError if a device that is asked for by name does not work.
+    Raises ExperimentError if the named device does not work.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the reason is part of the messages below
@@ -327,10 +311,8 @@ def train(model, images, labels, *, epochs, lr, batch_size, seed, title="", afte
     Args:
         images: uint8 (N, 28 + 2 * MAX_SHIFT, 28 + 2 * MAX_SHIFT). Each batch takes a slice of
             28 x 28 at a random place.
-        labels: int64 (N,).
         lr: the peak of the one-cycle schedule.
         seed: decides the order of the images, and the slices.
-        title: stands before the progress bar.
         after_epoch: is called with the accuracy on the epoch's training images, in percent.
 
     Raises ExperimentError if a weight becomes NaN or infinite.
@@ -416,10 +398,9 @@ def import_nni():
     return nni
 
 
-# The layers that NNI can make narrower. Those of the first group compute each output channel from
-# many input channels, those of the second from one.
-MIXING = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+# The layers that NNI can make narrower. The channelwise ones compute each channel from one channel.
 CHANNELWISE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.InstanceNorm2d, nn.PReLU)
+NARROWABLE = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear, *CHANNELWISE)
 
 
 def prune(
@@ -436,12 +417,10 @@ def prune(
     Start" and "Speed Up Model with Mask".
 
     The copy computes what `model` computes with the removed channels set to zero. `prune` compares
-    the two in float64, to 1e-6 of the largest output. (If the network's code needs float32, it
-    compares them in float32, to 1e-4.) Some operations would compute something else with fewer
-    channels: softmax or mean over channels, PixelShuffle, a view of fixed size. Then the error
-    tells which layers to name in `keep`. The layers before a normalization over channels
-    (LayerNorm, GroupNorm) or before a layer that NNI cannot prune (LSTM, Conv3d) keep their
-    channels in any case.
+    the two, in float64 to 1e-6. Some operations would compute something else with fewer channels: softmax or mean over
+    channels, PixelShuffle, a view of fixed size. Then the error tells which layers to name in
+    `keep`. The layers before a normalization over channels (LayerNorm, GroupNorm) or before a layer
+    that NNI cannot prune (LSTM, Conv3d) keep their channels in any case.
 
     The copy is on the CPU and in eval mode, and frozen parameters stay frozen. Its parameters are
     new tensors, so make the optimizer for its fine-tuning afterwards.
@@ -465,8 +444,8 @@ def prune(
         raise ExperimentError(f"sparsity is {sparsity}, but must be between 0 and 1, both excluded")
     keep = [keep] if isinstance(keep, str) else list(keep)
     compact, inputs, dtype = copy_for_pruning(model, example_input)
-    traced = trace(compact, inputs, keep)
     layers = dict(compact.named_modules(remove_duplicate=False))
+    traced = trace(compact, layers, inputs, keep)
     shared = shared_layers(traced, layers)
     check_prunable(traced, layers, keep, shared)
     config = {
@@ -480,7 +459,9 @@ def prune(
     leave_mixed_groups(configs, layers)
     if not configs:
         raise ExperimentError("every layer is in keep, or comes before one that keeps its channels")
-    with contextlib.redirect_stdout(io.StringIO()), default_dtype(dtype):  # NNI prints
+    dtype_before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # NNI creates its layers in it
+    with contextlib.redirect_stdout(io.StringIO()):  # NNI prints
         try:
             nni_pruner = getattr(nni.compression.pruning, pruner)(compact, configs)
             _, masks = nni_pruner.compress()
@@ -499,6 +480,8 @@ def prune(
             node = node_of(error)
             message = f"NNI cannot prune {name_of(node)} ({one_line(error)})"
             raise ExperimentError(f"{message}; {advice(node, layers)}") from error
+        finally:
+            torch.set_default_dtype(dtype_before)
     # NNI also replaces layers that lost nothing. Put the old ones back, because other layers may
     # share their parameters.
     for name, layer in layers.items():
@@ -520,10 +503,7 @@ def prune(
 
 
 def copy_for_pruning(model: nn.Module, example_input):
-    """A copy on the CPU and in eval mode, inputs that fit it, and their precision.
-
-    NNI needs float32 or float64.
-    """
+    """A copy on the CPU and in eval mode, inputs that fit it, and their precision."""
     values = dict([*model.named_parameters(), *model.named_buffers()])
     for name, value in values.items():
         if value.is_meta:
@@ -536,7 +516,7 @@ def copy_for_pruning(model: nn.Module, example_input):
         raise ExperimentError(f"the network cannot be copied: {one_line(error)}") from error
     vars(compact).pop("about", None)  # from load_model; it describes the network before pruning
     is_double = any(value.dtype == torch.float64 for value in values.values())
-    dtype = torch.float64 if is_double else torch.float32
+    dtype = torch.float64 if is_double else torch.float32  # NNI needs one of them
     inputs = (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
     return compact.to(dtype), converted(inputs, dtype), dtype
 
@@ -545,17 +525,6 @@ def converted(inputs: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, .
     """The inputs on the CPU; floating-point numbers in that precision."""
     inputs = [value.detach().cpu() for value in inputs]
     return tuple(value.to(dtype) if value.is_floating_point() else value for value in inputs)
-
-
-@contextlib.contextmanager
-def default_dtype(dtype: torch.dtype):
-    """Set torch's default dtype for a while: NNI creates its layers in it."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 class BlockTracer(torch.fx.Tracer):
@@ -569,14 +538,13 @@ class BlockTracer(torch.fx.Tracer):
         return name in self.blocks or super().is_leaf_module(module, name)
 
 
-def trace(network: nn.Module, inputs: tuple[Tensor, ...], keep: list[str]) -> torch.fx.GraphModule:
+def trace(network: nn.Module, layers, inputs, keep: list[str]) -> torch.fx.GraphModule:
     """A network with its torch.fx graph, which has the shapes of all values.
 
     If torch.fx cannot look inside all blocks, those in `keep` become single nodes of the graph.
     """
     from torch.fx.passes.shape_prop import ShapeProp
 
-    layers = dict(network.named_modules(remove_duplicate=False))
     try:
         with torch.no_grad():
             network(*inputs)
@@ -639,7 +607,7 @@ def layers_to_keep(traced, layers: dict[str, nn.Module], keep: list[str], shared
     for node in traced.graph.nodes:
         if node.op == "call_module":
             layer = layers[node.target]
-            is_unknown = type(layer) not in MIXING + CHANNELWISE and shapes_of(layer)
+            is_unknown = type(layer) not in NARROWABLE and shapes_of(layer)
             if is_unknown or node.target in shared:
                 names.append(node.target)
                 names.extend(feeding(node, layers))
@@ -685,7 +653,7 @@ def feeding(node: torch.fx.Node, layers: dict[str, nn.Module]) -> list[str]:
             waiting.extend(current.all_input_nodes)
         else:
             names.append(current.target)
-    return names
+    return list(dict.fromkeys(names))  # a shared layer can feed it twice
 
 
 def one_line(error: Exception) -> str:
@@ -704,12 +672,9 @@ def place_and_error(error: Exception, layers: dict[str, nn.Module]) -> str:
 
 def node_of(error: Exception) -> torch.fx.Node | None:
     """The node of the graph on which NNI's code worked when it raised an error."""
-    found = None
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        node = frame.f_locals.get("node")
-        if isinstance(node, torch.fx.Node):
-            found = node
-    return found
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    values = [frame.f_locals.get("node") for frame in reversed(frames)]
+    return next((value for value in values if isinstance(value, torch.fx.Node)), None)
 
 
 def name_of(node: torch.fx.Node | None) -> str:
@@ -739,7 +704,7 @@ class WithRemovedChannelsZero(torch.fx.Interpreter):
 
     def run_node(self, node: torch.fx.Node):
         layer = self.fetch_attr(node.target) if node.op == "call_module" else None
-        if not isinstance(layer, MIXING + CHANNELWISE):
+        if not isinstance(layer, NARROWABLE):
             return super().run_node(node)
         axis = -1 if isinstance(layer, nn.Linear) else 1
         (value, *others), options = self.fetch_args_kwargs_from_env(node)
@@ -760,7 +725,7 @@ def remaining_channels(mask: Tensor, axis: int) -> Tensor:
 def check_pruned(compact, traced, layers, masks: dict, inputs, dtype: torch.dtype) -> None:
     """Raise ExperimentError unless the copy computes what the network computes without channels.
 
-    Both compute in float64; in `dtype`, if the network's own code needs that.
+    Both compute in float64, or in `dtype` if the network's own code needs that.
     """
     original = WithRemovedChannelsZero(traced, masks)
     precision = 1e-6
@@ -777,7 +742,8 @@ def check_pruned(compact, traced, layers, masks: dict, inputs, dtype: torch.dtyp
         compact.to(dtype)
     try:
         outputs = tree_leaves(compact(*inputs))
-        if all_equal(outputs, expected, precision):
+        pairs = zip(outputs, expected, strict=False)
+        if len(outputs) == len(expected) and all(equal(*pair, precision) for pair in pairs):
             return
         cause = "computes other values"
     except Exception as error:  # the network's own code can raise anything
@@ -787,21 +753,14 @@ def check_pruned(compact, traced, layers, masks: dict, inputs, dtype: torch.dtyp
     raise ExperimentError(f"{message}; {advice(node, layers)}")
 
 
-def all_equal(values: list, expected: list, precision: float) -> bool:
-    """Whether two lists have the same values; tensors, up to a share of their largest number."""
-    if len(values) != len(expected):
+def equal(value, wanted, precision: float) -> bool:
+    """Whether two values are equal; tensors, up to a share of the largest number."""
+    if not isinstance(wanted, Tensor):
+        return value == wanted
+    if not isinstance(value, Tensor) or value.shape != wanted.shape:
         return False
-    for value, wanted in zip(values, expected, strict=True):
-        if not isinstance(wanted, Tensor):
-            if value != wanted:
-                return False
-        elif not isinstance(value, Tensor) or value.shape != wanted.shape:
-            return False
-        else:
-            difference = (value.double() - wanted.double()).abs().max()
-            if not difference <= precision * wanted.double().abs().max():
-                return False
-    return True
+    difference = (value.double() - wanted.double()).abs().max()
+    return bool(difference <= precision * wanted.double().abs().max())
 
 
 def first_difference(compact, original, inputs, precision: float) -> torch.fx.Node:
@@ -821,17 +780,14 @@ def first_difference(compact, original, inputs, precision: float) -> torch.fx.No
                 if value.shape[axis] != wanted.shape[axis]:
                     remaining = remaining_channels(mask, axis)
                     wanted = wanted.movedim(axis, 0)[remaining].movedim(0, axis)
-        if isinstance(wanted, Tensor) and not all_equal([value], [wanted], precision):
+        if isinstance(wanted, Tensor) and not equal(value, wanted, precision):
             return node
     return node  # the output
 
 
 # -------------------------------------------------------------------------------- results
 def write(path: Path, content: bytes) -> None:
-    """Write a file. A crash leaves the old file or the new one, never a part.
-
-    Raises ExperimentError if it cannot be written.
-    """
+    """Write a file, or raise ExperimentError. A crash leaves the old file or the new one whole."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -857,11 +813,7 @@ class Settings:
 
 
 def as_frame(rows: list[dict]):
-    """The rows of the results as a DataFrame, each model and seed once.
-
-    Raises KeyError, TypeError, ValueError or OverflowError if they are not rows of this script, or
-    of runs that cannot be compared.
-    """
+    """The rows as a DataFrame, each model and seed once. Raises ValueError if the runs differ."""
     import pandas as pd
 
     whole_numbers = ["seed", "epochs", "parameters", "macs", "train_images", "test_images"]
@@ -971,8 +923,7 @@ def verdicts(frame) -> list[dict]:
         if seeds < 2:
             continue
         mean = float(differences.mean())
-        low = None
-        high = None
+        low = high = None
         answer = "cannot tell"
         if differences.nunique() > 1:  # equal differences would give an interval of width 0
             error = differences.sem()
@@ -989,13 +940,8 @@ def verdicts(frame) -> list[dict]:
 # --------------------------------------------------------------------------------- report
 def mean_and_deviation(values, digits: int) -> str:
     """Mean ± standard deviation; of one value, the value; of no value, nothing."""
-    mean = values.mean()
-    deviation = values.std()
-    if math.isnan(mean):
-        return ""
-    if math.isnan(deviation):
-        return f"{mean:.{digits}f}"
-    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+    numbers = (values.mean(), values.std())
+    return " ± ".join(f"{number:.{digits}f}" for number in numbers if not math.isnan(number))
 
 
 def results_table(frame) -> str:
@@ -1022,9 +968,7 @@ def results_table(frame) -> str:
             "times\nfaster": "" if math.isnan(faster) else f"{faster:.1f}x",
         }
         lines.append(line)
-    return tabulate(
-        lines, headers="keys", colalign=["left"], stralign="right", disable_numparse=True
-    )
+    return tabulate(lines, "keys", colalign=["left"], stralign="right", disable_numparse=True)
 
 
 def smallest_visible_difference(frame) -> float:
@@ -1034,8 +978,9 @@ def smallest_visible_difference(frame) -> float:
     wrong image added to each (Agresti and Caffo 2000). So it is not 0 if all images are right.
     """
     images = frame["test_images"].iloc[0]
-    widest = min(frame["accuracy"], key=lambda accuracy: abs(accuracy - 50))  # interval
-    proportion = (widest / 100 * images + 1) / (images + 2)
+    # The accuracy nearest to 50 % has the widest interval.
+    accuracy = min(frame["accuracy"], key=lambda percent: abs(percent - 50))
+    proportion = (accuracy / 100 * images + 1) / (images + 2)
     return 100 * 1.96 * math.sqrt(2 * proportion * (1 - proportion) / (images + 2))
 
 
@@ -1066,7 +1011,6 @@ def report(frame) -> str:
 
 
 COLORS = {"L1NormPruner": "#0072b2", "FPGMPruner": "#d55e00"}  # also for the color-blind
-GREY = "#595959"
 
 
 def draw(frame, path: Path) -> None:
@@ -1084,7 +1028,7 @@ def draw(frame, path: Path) -> None:
     labels = []
     for position, rows in enumerate(groups):
         first_row = rows.iloc[0]
-        color = COLORS.get(first_row["pruner"], GREY)
+        color = COLORS.get(first_row["pruner"], "#595959")  # grey: not pruned
         labels.append(f"{first_row['name']}\n{first_row['parameters']:,} parameters")
 
         accuracy = rows["accuracy"]
@@ -1190,10 +1134,9 @@ def trial_arguments(parser: argparse.ArgumentParser) -> list[str]:
     for name, value in parameters.items():
         if name.replace("-", "_") not in known:
             parser.error(f"unknown parameter {name!r} of the trial; known: {', '.join(known)}")
-        if value is False:
-            continue
-        arguments.append(f"--{name.replace('_', '-')}")
-        if value is not True:
+        if value is not False:
+            arguments.append(f"--{name.replace('_', '-')}")
+        if not isinstance(value, bool):
             arguments.append(str(value))
     return arguments
 
@@ -1229,7 +1172,7 @@ def prepare_run(args: argparse.Namespace) -> Run:
 
 
 def epochs_of(baseline: Path, dataset: str) -> int:
-    """How long a saved baseline was trained; ExperimentError if it is none for this data set."""
+    """The epochs of a saved baseline. Raises ExperimentError if it is not one for this dataset."""
     about = load_model(baseline).about
     if about.get("name") != "baseline" or about.get("dataset") != dataset:
         raise ExperimentError(f"{baseline} is not a baseline that this script trained on {dataset}")
@@ -1241,9 +1184,8 @@ def describe(run: Run, args: argparse.Namespace) -> dict:
     settings = run.settings
     data = "MNIST" if settings.dataset == "mnist" else "scikit-learn digits, NOT MNIST"
     images = f"{settings.train_images:,} training and {settings.test_images:,} test images"
-    baseline = str(settings.baseline_epochs)
-    if args.baseline:
-        baseline = f"{args.baseline} ({settings.baseline_epochs})"
+    epochs = settings.baseline_epochs
+    baseline = f"{args.baseline} ({epochs})" if args.baseline else epochs
     seeds = ", ".join(str(seed) for seed in args.seeds)
     threads = torch.get_num_threads()
     bfloat16 = computes_bfloat16(run.device)
@@ -1285,10 +1227,7 @@ def new_row(run: Run, model: CNN, name: str, kind: str, seed: int, epochs: int, 
         "widths": list(model.widths),
         "parameters": count_parameters(model),
         "macs": count_macs(model),
-        "accuracy_before": None,
-        "accuracy": None,
-        "training_seconds": None,
-        "baseline_id": None,
+        **dict.fromkeys(("accuracy_before", "accuracy", "training_seconds", "baseline_id")),
         **asdict(run.settings),
         **known,
     }
@@ -1313,18 +1252,16 @@ def train_evaluate_save(run: Run, model: CNN, row: dict, path: Path, after_epoch
     save_model(path, model, row)
 
 
-def train_controls(
-    run: Run, baseline_path: Path, models_dir: Path, widths_by_sparsity: dict, seed: int, **known
-):
+def train_controls(run, baseline_path, models_dir, widths_by_sparsity: dict, seed, baseline_id):
     """Train what the pruned models are compared with; yields a row for each.
 
     These are the baseline, trained for as many more epochs as a pruned model, and networks as
-    narrow as the pruned models, but from random weights. `known` goes into each row.
+    narrow as the pruned models, but from random weights.
     """
     epochs = run.settings.finetune_epochs
     name = f"baseline_{epochs}_more_epochs"
     model = load_model(baseline_path)
-    row = new_row(run, model, name, "trained_on", seed, epochs, **known)
+    row = new_row(run, model, name, "trained_on", seed, epochs, baseline_id=baseline_id)
     train_evaluate_save(run, model, row, models_dir / f"{name}.pth")
     yield row
 
@@ -1334,7 +1271,8 @@ def train_controls(
         name = f"scratch_{sparsity}_{length}_epochs"
         torch.manual_seed(seed)
         model = CNN(widths_by_sparsity[sparsity])
-        row = new_row(run, model, name, "scratch", seed, length, sparsity=sparsity, **known)
+        known = {"sparsity": sparsity, "baseline_id": baseline_id}
+        row = new_row(run, model, name, "scratch", seed, length, **known)
         train_evaluate_save(run, model, row, models_dir / f"{name}.pth")
         yield row
 
@@ -1346,8 +1284,8 @@ def report_trial(rows: list[dict], heading: str) -> None:
     # NNI 3.0 can record another trial's parameters if two trials start together. The exported CSV
     # takes these instead.
     parameters = nni.get_current_parameter() or {}
-    result = {**row, **parameters, "heading": heading, "rows": rows}
-    nni.report_final_result({**result, "default": row["accuracy"]})  # NNI maximizes "default"
+    result = {**row, **parameters, "heading": heading, "rows": rows, "default": row["accuracy"]}
+    nni.report_final_result(result)  # NNI maximizes "default"
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
@@ -1404,17 +1342,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
 
                 name = f"{pruner}_{sparsity}"
                 epochs = run.settings.finetune_epochs
-                row = new_row(
-                    run,
-                    model,
-                    name,
-                    "pruned",
-                    seed,
-                    epochs,
-                    pruner=pruner,
-                    sparsity=sparsity,
-                    baseline_id=baseline_id,
-                )
+                known = {"pruner": pruner, "sparsity": sparsity, "baseline_id": baseline_id}
+                row = new_row(run, model, name, "pruned", seed, epochs, **known)
                 row["accuracy_before"] = evaluate(model, *run.testing)
                 train_evaluate_save(run, model, row, models_dir / f"{name}.pth", after_epoch)
                 rows.append(row)
@@ -1423,12 +1352,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
             # 3. Train the controls, if they are asked for.
             if args.controls:
                 controls = train_controls(
-                    run,
-                    baseline_path,
-                    models_dir,
-                    widths_by_sparsity,
-                    seed,
-                    baseline_id=baseline_id,
+                    run, baseline_path, models_dir, widths_by_sparsity, seed, baseline_id
                 )
                 for row in controls:
                     rows.append(row)
