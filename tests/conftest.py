@@ -27,6 +27,10 @@ TIMEOUT = 1200  # seconds for what takes 20 s at most here: other machines are s
 # What somebody has set for other programs must not change what the script writes here.
 for variable in ("FORCE_COLOR", "PYTHONDEVMODE", "PYTHONOPTIMIZE", "PYTHONWARNINGS"):
     os.environ.pop(variable, None)
+# Beside another busy program, two threads that wait for each other take five times as long as one.
+if "OMP_NUM_THREADS" not in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 
 def idx_bytes(values: torch.Tensor) -> bytes:

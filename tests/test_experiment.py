@@ -213,7 +213,7 @@ def test_controls_are_as_long_as_they_say_and_start_where_they_say(call, tmp_pat
         assert all(value.equal(new[name]) for name, value in start.items())
 
 
-# --------------------------------------------------------------------------------- devices
+# --------------------------------------------------------------------- devices and threads
 
 # An accelerator that this machine cannot have: CUDA on a Mac, Metal (mps) anywhere else.
 ABSENT, OTHER = ("cuda", "mps") if sys.platform == "darwin" else ("mps", "cuda")
@@ -259,6 +259,24 @@ def test_the_experiment_on_whatever_accelerator_there_is(data_dir, tmp_path):
         weights = saved_weights(tmp_path / "checkpoints" / f"{row['name']}.pth")
         accuracy = accuracy_of(weights, images, labels)
         assert row["accuracy"] == pytest.approx(accuracy, abs=101 / len(labels))
+
+
+def test_threads_are_no_more_than_the_processors_that_a_container_allows(monkeypatch):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr("joblib.cpu_count", lambda: 2)
+    try:
+        torch.set_num_threads(3)  # as on a machine with three cores
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")  # the user's own choice
+        script.limit_threads()
+        assert torch.get_num_threads() == 3
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        script.limit_threads()
+        assert torch.get_num_threads() == 2
+        torch.set_num_threads(1)  # by affinity, say, which torch itself reads
+        script.limit_threads()
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
 
 
 # ------------------------------------------------------------------------ training, closer
