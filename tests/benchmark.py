@@ -30,9 +30,9 @@ RECIPE = {"lr": script.LEARNING_RATE, "batch_size": script.BATCH_SIZE["mnist"], 
 
 
 def seconds_of(work, device: torch.device) -> float:
-    start = script.time_on(device)  # which waits for the device to have done what it was given
+    start = script.synchronized_time(device)  # which waits for the device to have done what it was given
     work()
-    return script.time_on(device) - start
+    return script.synchronized_time(device) - start
 
 
 def stock_epoch(data_dir: Path, size: int, device: torch.device) -> float:

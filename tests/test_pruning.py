@@ -364,7 +364,9 @@ def test_any_batch_and_several_inputs_of_any_kind(batch):
     inputs = (torch.rand(batch, 3, 12, 12), torch.rand(batch, 7))
     compact = pruned_and_checked(net, inputs, "fc")
     assert all(8 <= output_channels(compact)[name] < 16 for name in "abd")
-    net = NetOfTwoInputs(lambda net, x, y: net.fc(net.e(x) + mean(net.a(y / 255.0))), **layers)
+    net = NetOfTwoInputs(
+        lambda net, x, y: net.fc(net.e(x) + mean(net.b(net.a(y / 255.0)))), **layers
+    )
     pixels = torch.randint(256, (batch, 3, 12, 12))
     words = torch.randint(9, (batch,))
     compact = script.prune(net, "L1NormPruner", 0.5, (words, pixels), "fc")
