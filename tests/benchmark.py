@@ -30,7 +30,7 @@ RECIPE = {"lr": script.LEARNING_RATE, "batch_size": script.BATCH_SIZE["mnist"], 
 
 
 def seconds_of(work, device: torch.device) -> float:
-    start = script.synchronized_time(device)  # which waits for the device to have done what it was given
+    start = script.synchronized_time(device)
     work()
     return script.synchronized_time(device) - start
 
