@@ -143,7 +143,7 @@ def load_model(path: str | Path) -> CNN:
 
 
 def save_model(path: Path, model: CNN, about: dict) -> None:
-    """Save a model with the values of `about` in a file for load_model."""
+    """Save a model and the values of `about` to a file that load_model reads."""
     weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
     file = io.BytesIO()
     torch.save({**about, "state_dict": weights}, file)
@@ -151,7 +151,7 @@ def save_model(path: Path, model: CNN, about: dict) -> None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Twelve hexadecimal digits that differ between models of different weights."""
+    """Twelve hexadecimal digits that differ between models with different weights."""
     digest = hashlib.sha256()
     for value in model.state_dict().values():
         digest.update(value.cpu().contiguous().numpy().tobytes())
@@ -163,7 +163,7 @@ def load_mnist(data_dir: Path):
     """Training and test set of MNIST, downloaded if they are not in `data_dir`."""
     from torchvision.datasets import MNIST
 
-    socket.setdefaulttimeout(10)  # seconds; torchvision sets no time-out and could wait for ever
+    socket.setdefaulttimeout(10)  # seconds; torchvision sets no timeout and could wait forever
     parts = []
     try:
         for is_train in (True, False):
@@ -201,7 +201,7 @@ def load_data(name: str | None, data_dir: Path, subset: int | None):
     """Load "mnist" or "digits". None means MNIST, or the digits if it cannot be downloaded.
 
     Returns the name, (images, labels) for training and (images, labels) for testing. Images are
-    uint8 (N, 28, 28). Those for training have MAX_SHIFT more pixels of background on each side, so
+    uint8 (N, 28, 28). Training images have MAX_SHIFT more pixels of background on each side, so
     that a slice is a shifted image. Labels are int64 (N,). With `subset`, there are that many
     training images and a sixth as many test images, the same for every seed.
 
@@ -242,8 +242,8 @@ def normalised(images: Tensor) -> Tensor:
 def limit_threads() -> None:
     """Use no more threads than the processors that this process may use.
 
-    torch takes one thread for each core of the machine. With 32 threads on two cores, a training
-    takes 200 times as long. OMP_NUM_THREADS, if it is set, decides instead.
+    torch takes one thread for each core of the machine. With 32 threads on two cores,
+    training takes 200 times as long. OMP_NUM_THREADS, if it is set, decides instead.
     """
     if "OMP_NUM_THREADS" in os.environ:
         return
@@ -253,7 +253,7 @@ def limit_threads() -> None:
 
 
 def why_device_fails(name: str) -> str:
-    """Why a device cannot compute; an empty text if it can."""
+    """Why a device cannot compute; an empty string if it can."""
     # A device may be announced and still fail: it, or its driver, may be too old for torch.
     try:
         image = torch.ones(1, 1, 3, 3, device=name)
@@ -296,14 +296,14 @@ def computes_bfloat16(device: torch.device) -> bool:
 
 
 def synchronized_time(device: torch.device) -> float:
-    """The time in seconds, once the device has done all that it was given."""
+    """The time in seconds, after the device finishes all work queued on it."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return timeit.default_timer()
 
 
 def train(model, images, labels, *, epochs, lr, batch_size, seed, title="", after_epoch=None):
-    """Train a model in place; returns the seconds of the training steps alone.
+    """Train a model in place and return the seconds of the training steps alone.
 
     Uses AdamW (Loshchilov and Hutter 2019), the one-cycle schedule (Smith and Topin 2018) and label
     smoothing (Szegedy et al. 2016). If the device computes bfloat16, it also uses mixed precision
@@ -341,10 +341,10 @@ def train(model, images, labels, *, epochs, lr, batch_size, seed, title="", afte
         order = torch.randperm(len(images), generator=generator).to(device)
         shifts = torch.randint(2 * MAX_SHIFT + 1, (steps, 2), generator=generator).tolist()
         correct = torch.zeros((), device=device)
-        for batch, (top, left) in zip(order.split(batch_size), shifts, strict=True):
-            target = labels[batch]
-            # index_select copies whole images; images[batch] would take ten times as long.
-            padded = images.index_select(0, batch)
+        for indices, (top, left) in zip(order.split(batch_size), shifts, strict=True):
+            target = labels[indices]
+            # index_select copies whole images; images[indices] would take ten times as long.
+            padded = images.index_select(0, indices)
             shifted = padded[:, top : top + 28, left : left + 28]
             with mixed_precision:
                 logits = model(normalised(shifted)).float()
@@ -378,7 +378,7 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 def import_nni():
     """Import NNI with its pruners and ModelSpeedup; raises ExperimentError if it is missing."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they are about NNI's own code
+        warnings.simplefilter("ignore")  # the warnings are about NNI's own code
         # NNI 3.0, the last release, requires a typeguard (< 4.1.3) that imports ast.Str but never
         # uses it. Python 3.14 removed that name.
         if not hasattr(ast, "Str"):
@@ -432,8 +432,8 @@ def prune(
             whose outputs are added lose the same channels.
         pruner: a name from PRUNERS.
         sparsity: the share of each layer's channels to remove; between 0 and 1, both excluded.
-        example_input: a batch of about eight inputs, or a tuple of batches for a network with
-            several inputs. With a single input, NNI can prune less.
+        example_input: a batch of about eight examples, or a tuple of batches for a network with
+            several inputs. With a batch of one example, NNI can prune less.
         keep: names of layers, or of blocks of layers, that keep all their channels. The output
             layer must be among them, because its channels are the classes.
 
@@ -455,14 +455,14 @@ def prune(
         "exclude_op_names": layers_to_keep(traced, layers, keep, shared),
         "sparse_ratio": float(sparsity),
     }
-    # The dependency groups (NNI spells them so) make layers whose outputs are added lose the same
-    # channels.
+    # The dependency groups ("denpendency" is NNI's spelling) make layers whose outputs are added
+    # lose the same channels.
     configs = nni.compression.speedup.auto_set_denpendency_group_ids(traced, [config])
     leave_mixed_groups(configs, layers)
     if not configs:
         raise ExperimentError("every layer is in keep, or comes before one that keeps its channels")
     dtype_before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # NNI creates its layers in it
+    torch.set_default_dtype(dtype)  # NNI creates its layers in the default dtype
     with contextlib.redirect_stdout(io.StringIO()):  # NNI prints
         try:
             nni_pruner = getattr(nni.compression.pruning, pruner)(compact, configs)
@@ -505,7 +505,7 @@ def prune(
 
 
 def copy_for_pruning(model: nn.Module, example_input):
-    """A copy on the CPU and in eval mode, inputs that fit it, and their precision."""
+    """A copy on the CPU and in eval mode, inputs that fit it, and their dtype."""
     values = dict([*model.named_parameters(), *model.named_buffers()])
     for name, value in values.items():
         if value.is_meta:
@@ -524,7 +524,7 @@ def copy_for_pruning(model: nn.Module, example_input):
 
 
 def converted(inputs: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """The inputs on the CPU; floating-point numbers in that precision."""
+    """The inputs on the CPU; floating-point numbers in `dtype`."""
     inputs = [value.detach().cpu() for value in inputs]
     return tuple(value.to(dtype) if value.is_floating_point() else value for value in inputs)
 
@@ -568,7 +568,7 @@ def trace(network: nn.Module, layers, inputs, keep: list[str]) -> torch.fx.Graph
 
 
 def shared_layers(traced: torch.fx.GraphModule, layers: dict[str, nn.Module]) -> dict[str, str]:
-    """The layers that use the same parameters more than once, and how they do so."""
+    """The layers whose parameters are used more than once; for each, why NNI cannot prune it."""
     reasons = {}
     called = [node.target for node in traced.graph.nodes if node.op == "call_module"]
     for name in called:
@@ -588,7 +588,7 @@ def shared_layers(traced: torch.fx.GraphModule, layers: dict[str, nn.Module]) ->
 
 def check_prunable(traced, layers: dict[str, nn.Module], keep: list[str], shared: dict[str, str]):
     """Raise ExperimentError if `keep` has a wrong name, or lacks a layer that it must have."""
-    *_, output = traced.graph.nodes
+    *_, output = traced.graph.nodes  # the last node
     output_layers = feeding(output, layers)
     for name in keep:
         if name not in layers:
@@ -609,7 +609,7 @@ def layers_to_keep(traced, layers: dict[str, nn.Module], keep: list[str], shared
     for node in traced.graph.nodes:
         if node.op == "call_module":
             layer = layers[node.target]
-            is_unknown = type(layer) not in NARROWABLE and shapes_of(layer)
+            is_unknown = type(layer) not in NARROWABLE and bool(shapes_of(layer))
             if is_unknown or node.target in shared:
                 names.append(node.target)
                 names.extend(feeding(node, layers))
@@ -617,7 +617,7 @@ def layers_to_keep(traced, layers: dict[str, nn.Module], keep: list[str], shared
 
 
 def leave_mixed_groups(configs: list[dict], layers: dict[str, nn.Module]) -> None:
-    """Take layers out of their dependency group if it has weights of different dimensions.
+    """Take layers out of their dependency group if its weights differ in dimensions or channels.
 
     NNI cannot add the scores of such layers. Without the group it prunes less, but correctly.
     """
@@ -696,7 +696,7 @@ def advice(node: torch.fx.Node | None, layers: dict[str, nn.Module]) -> str:
 class WithRemovedChannelsZero(torch.fx.Interpreter):
     """Runs the original network with the channels that NNI removes set to zero.
 
-    NNI removes channels from the inputs and the outputs of layers. `masks` has its mask for the
+    NNI removes channels from the inputs and the outputs of layers. `masks` has NNI's mask for the
     output of each node of the graph.
     """
 
@@ -706,7 +706,7 @@ class WithRemovedChannelsZero(torch.fx.Interpreter):
 
     def run_node(self, node: torch.fx.Node):
         layer = self.fetch_attr(node.target) if node.op == "call_module" else None
-        if not isinstance(layer, NARROWABLE):
+        if not isinstance(layer, NARROWABLE) or not node.args:
             return super().run_node(node)
         axis = -1 if isinstance(layer, nn.Linear) else 1
         (value, *others), options = self.fetch_args_kwargs_from_env(node)
@@ -737,7 +737,7 @@ def check_pruned(compact, traced, layers, masks: dict, inputs, dtype: torch.dtyp
         expected = tree_leaves(original.run(*in_double))
         inputs = in_double
         compact.double()
-    except RuntimeError:
+    except RuntimeError:  # the network's own code cannot compute in float64
         precision = 1e-4
         traced.to(dtype)
         expected = tree_leaves(original.run(*inputs))
@@ -928,8 +928,8 @@ def verdicts(frame) -> list[dict]:
         low = high = None
         answer = "cannot tell"
         if differences.nunique() > 1:  # equal differences would give an interval of width 0
-            error = differences.sem()
-            low, high = map(float, stats.t.interval(0.95, seeds - 1, mean, error))
+            standard_error = differences.sem()
+            low, high = map(float, stats.t.interval(0.95, seeds - 1, mean, standard_error))
             if low > -tolerance:
                 answer = "yes"
             elif high < -tolerance:
@@ -998,7 +998,7 @@ def report(frame) -> str:
             "Differences in percentage points (pp), with 95 % intervals over the seeds."
             f" Each interval alone\nis wrong 1 time in 20, and the table has {len(answers)}."
         )
-    else:
+    elif not seeds_share_a_baseline(frame):
         parts.append(
             f"With one seed and {frame['test_images'].iloc[0]:,} test images, a difference of less"
             f" than {smallest_visible_difference(frame):.2f} pp can be chance.\n"
@@ -1012,11 +1012,11 @@ def report(frame) -> str:
     return "\n\n".join(parts)
 
 
-COLORS = {"L1NormPruner": "#0072b2", "FPGMPruner": "#d55e00"}  # also for the color-blind
+COLORS = {"L1NormPruner": "#0072b2", "FPGMPruner": "#d55e00"}  # the color-blind can tell them apart
 
 
 def draw(frame, path: Path) -> None:
-    """Draw the accuracies of each model and its training time, with the baseline's, as PNG."""
+    """Draw each model's accuracies and training time, next to the baseline's, as a PNG file."""
     from matplotlib.figure import Figure  # pyplot would look for a screen
 
     groups = [rows for _, rows in frame.groupby("name", sort=False)]
@@ -1065,7 +1065,7 @@ def show_results(heading: str, rows: list[dict], picture: Path) -> None:
 
 
 def report_earlier_results(paths: list[Path]) -> list[dict]:
-    """Show the results of earlier runs together; returns their rows."""
+    """Show the results of earlier runs together, and return their rows."""
     heading, rows = read_results(paths)
     picture = paths[0].with_suffix(".png")
     if len(paths) > 1:  # the first file's own picture stays
@@ -1131,7 +1131,7 @@ def trial_arguments(parser: argparse.ArgumentParser) -> list[str]:
     """The parameters of an NNI trial as arguments; a boolean sets or leaves out a flag."""
     known = [*vars(parser.parse_args([])), "seed"]
     arguments = []
-    # NNI hands out the parameters of the next trial at each call, so this is the only one.
+    # NNI hands out the parameters of the next trial at each call, so call it only once.
     parameters = import_nni().get_next_parameter() or {}
     for name, value in parameters.items():
         if name.replace("-", "_") not in known:
@@ -1173,11 +1173,11 @@ def prepare_run(args: argparse.Namespace) -> Run:
     return Run(device, training, testing, settings)
 
 
-def epochs_of(baseline: Path, dataset: str) -> int:
+def epochs_of(path: Path, dataset: str) -> int:
     """The epochs of a saved baseline. Raises ExperimentError if it is not one for this dataset."""
-    about = load_model(baseline).about
+    about = load_model(path).about
     if about.get("name") != "baseline" or about.get("dataset") != dataset:
-        raise ExperimentError(f"{baseline} is not a baseline that this script trained on {dataset}")
+        raise ExperimentError(f"{path} is not a baseline that this script trained on {dataset}")
     return about["epochs"]
 
 
@@ -1187,7 +1187,7 @@ def describe(run: Run, args: argparse.Namespace) -> dict:
     data = "MNIST" if settings.dataset == "mnist" else "scikit-learn digits, NOT MNIST"
     images = f"{settings.train_images:,} training and {settings.test_images:,} test images"
     epochs = settings.baseline_epochs
-    baseline = f"{args.baseline} ({epochs})" if args.baseline else epochs
+    baseline_text = f"{args.baseline} ({epochs})" if args.baseline else str(epochs)
     seeds = ", ".join(str(seed) for seed in args.seeds)
     threads = torch.get_num_threads()
     bfloat16 = computes_bfloat16(run.device)
@@ -1195,7 +1195,7 @@ def describe(run: Run, args: argparse.Namespace) -> dict:
     if bfloat16:
         hardware += ", bf16"
     heading = (
-        f"{data} ({images}); {baseline} + {settings.finetune_epochs} epochs; seeds {seeds};\n"
+        f"{data} ({images}); {baseline_text} + {settings.finetune_epochs} epochs; seeds {seeds};\n"
         f"{hardware}; torch {torch.__version__}, NNI {version('nni')}"
     )
     used = {
@@ -1217,7 +1217,7 @@ def new_row(run: Run, model: CNN, name: str, kind: str, seed: int, epochs: int, 
     """A row of the results before the training; what is neither given nor `known` is None.
 
     `kind` is "baseline", "pruned", "trained_on" (the baseline, trained for more epochs) or
-    "scratch" (a compact network from random weights). `epochs` is the length of its own training.
+    "scratch" (a compact network from random weights). `epochs` leaves out earlier training.
     """
     return {
         "name": name,
@@ -1236,7 +1236,7 @@ def new_row(run: Run, model: CNN, name: str, kind: str, seed: int, epochs: int, 
 
 
 def train_evaluate_save(run: Run, model: CNN, row: dict, path: Path, after_epoch=None) -> None:
-    """Train a model for the epochs in its row, and save it; fills in the row's results."""
+    """Train a model for the epochs in its row, fill in the row's results, and save both."""
     model.to(run.device, memory_format=torch.channels_last)  # the faster layout
     row["training_seconds"] = train(
         model,
@@ -1255,7 +1255,7 @@ def train_evaluate_save(run: Run, model: CNN, row: dict, path: Path, after_epoch
 
 
 def train_controls(run, baseline_path, models_dir, widths_by_sparsity: dict, seed, baseline_id):
-    """Train what the pruned models are compared with; yields a row for each.
+    """Train what the pruned models are compared with, and yield a row for each.
 
     These are the baseline, trained for as many more epochs as a pruned model, and networks as
     narrow as the pruned models, but from random weights.
@@ -1267,7 +1267,7 @@ def train_controls(run, baseline_path, models_dir, widths_by_sparsity: dict, see
     train_evaluate_save(run, model, row, models_dir / f"{name}.pth")
     yield row
 
-    # As long as the baseline and the fine-tuning together, and as long as the fine-tuning alone.
+    # Train as long as the baseline and the fine-tuning together, and as the fine-tuning alone.
     lengths = (run.settings.baseline_epochs + epochs, epochs)
     for sparsity, length in product(widths_by_sparsity, lengths):
         name = f"scratch_{sparsity}_{length}_epochs"
@@ -1291,7 +1291,7 @@ def report_trial(rows: list[dict], heading: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    """Run the experiment and print its report; returns the rows of its results."""
+    """Run the experiment, print its report, and return the rows of its results."""
     args = parse_options(argv)
     if args.report:
         return report_earlier_results(args.report)
@@ -1368,8 +1368,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
                 show_results(heading, rows, picture)
         raise
     show_results(heading, rows, picture)
-    models = sum(row["training_seconds"] is not None for row in rows)
-    print(f"\nSaved: {folder}{os.sep} ({models} models, results.json, results.csv, results.png)")
+    saved = sum(row["training_seconds"] is not None for row in rows)
+    print(f"\nSaved: {folder}{os.sep} ({saved} models, results.json, results.csv, results.png)")
     return rows
 
 

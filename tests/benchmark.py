@@ -94,7 +94,8 @@ def product_rate(dtype: torch.dtype, device: torch.device) -> float:
     have half the speed.
     """
     pixels, weight = torch.rand(2, 2048, 2048, device=device).to(dtype)
-    pixels, weight = pixels.view(1, 32, 64, 2048).permute(0, 3, 1, 2), weight[:, :, None, None]
+    pixels = pixels.view(1, 32, 64, 2048).permute(0, 3, 1, 2)
+    weight = weight[:, :, None, None]
     seconds = min(seconds_of(lambda: F.conv2d(pixels, weight), device) for _ in range(20))
     return 2e-9 * 2048**3 / seconds
 
@@ -121,7 +122,8 @@ def main() -> None:
     # pass goes to the input and to the weights.
     cases = {STOCK: (partial(stock_epoch, args.data_dir, images, device), 0)}
     for sparsity in (0, *script.SPARSITIES):
-        macs = script.count_macs(model := new_model(sparsity, device))
+        model = new_model(sparsity, device)
+        macs = script.count_macs(model)
         cases[f"our epoch at {sparsity}"] = partial(our_epoch, sparsity), 6 * macs * images
         work = partial(inference, model, testing[0])
         cases[f"inference at {sparsity}"] = work, 2 * macs * len(testing[1])

@@ -22,7 +22,7 @@ ARCHIVES = [name for name, _ in MNIST.resources]
 SCRIPT = ROOT / "NNI_Pruning.py"
 QUICK = "--dataset digits --subset 200 --pruner L1NormPruner --sparsity 0.5 --epochs 1".split()
 QUICK_TUNING = [*QUICK[:-2], "--finetune-epochs", "1"]  # the same after a given --baseline
-TIMEOUT = 1200  # seconds for what takes 20 s at most here: other machines are slower, and busy
+TIMEOUT = 1200  # seconds; 20 are enough here, but other machines are slower, or busy
 
 # What somebody has set for other programs must not change what the script writes here.
 for variable in ("FORCE_COLOR", "PYTHONDEVMODE", "PYTHONOPTIMIZE", "PYTHONWARNINGS"):
@@ -41,22 +41,26 @@ def idx_bytes(values: torch.Tensor) -> bytes:
 
 def read_idx(data_dir: Path) -> list[torch.Tensor]:
     """Training images and labels, test images and labels, by code that is not the script's."""
-    found = []
+    tensors = []
     for name in ARCHIVES:
-        images, file = "images" in name, data_dir / "MNIST" / "raw" / name[:-3]
-        content = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)
-        found.append(content[16:].view(-1, 28, 28) if images else content[8:].long())
-    return found
+        unpacked = data_dir / "MNIST" / "raw" / name[:-3]  # without .gz
+        content = torch.frombuffer(bytearray(unpacked.read_bytes()), dtype=torch.uint8)
+        if "images" in name:
+            tensors.append(content[16:].view(-1, 28, 28))
+        else:
+            tensors.append(content[8:].long())
+    return tensors
 
 
 def logits_of(weights: dict, images: torch.Tensor) -> torch.Tensor:
     """The forward pass of the script's network, written anew; images: uint8 (N, 28, 28)."""
     x = (images[:, None] / 255 - 0.1307) / 0.3081
     x = F.conv2d(x, weights["conv1.weight"], weights["conv1.bias"], stride=2).relu()
-    for at, padding in ((2, 0), (3, 1)):
-        x = F.max_pool2d(F.conv2d(x, weights[f"conv{at}.weight"], padding=padding), 2)
-        statistics = (weights[f"norm{at}.running_{name}"] for name in ("mean", "var"))
-        x = F.batch_norm(x, *statistics, weights[f"norm{at}.weight"], weights[f"norm{at}.bias"])
+    for number, padding in ((2, 0), (3, 1)):
+        x = F.max_pool2d(F.conv2d(x, weights[f"conv{number}.weight"], padding=padding), 2)
+        norm = f"norm{number}"
+        statistics = (weights[f"{norm}.running_mean"], weights[f"{norm}.running_var"])
+        x = F.batch_norm(x, *statistics, weights[f"{norm}.weight"], weights[f"{norm}.bias"])
         x = x.relu()
     x = F.linear(x.flatten(1), weights["hidden.weight"], weights["hidden.bias"]).relu()
     return F.linear(x, weights["output.weight"], weights["output.bias"])
@@ -75,7 +79,7 @@ def saved_weights(path: Path) -> dict:
 def data_dir(tmp_path_factory) -> Path:
     """A --data-dir with MNIST's four files, packed and unpacked; tests must not change it.
 
-    The real ones where the first command has left all four of them, else made of the digits.
+    The real ones if the README's first command has left all four in data/; else made of digits.
     """
     data_dir = tmp_path_factory.mktemp("data")
     raw = data_dir / "MNIST" / "raw"

@@ -49,6 +49,7 @@ def mnist_for_testing(data_dir, subset: int):
     """The test images of a --subset of MNIST."""
     _, training_labels, images, labels = read_idx(data_dir)
     generator = torch.Generator().manual_seed(0)
+    # The script draws the training images first, from the same generator.
     torch.randperm(len(training_labels), generator=generator)
     kept = torch.randperm(len(labels), generator=generator)[: subset // 6]
     return images[kept], labels[kept]
@@ -99,14 +100,15 @@ def test_table_files_and_models_agree_with_a_count_of_ones_own(finished):
     assert list(table) == list(lines) == NAMES
     baseline = saved_weights(folder / "baseline.pth")
     for row in rows:
-        name, cells = row["name"], table[row["name"]]
+        name = row["name"]
+        cells = table[name]
         content = torch.load(folder / f"{name}.pth", weights_only=True)
         weights = content.pop("state_dict")
         accuracy = accuracy_of(weights, images, labels)
         assert row["accuracy"] == float(lines[name]["accuracy"]) == content["accuracy"] == accuracy
         assert f"{accuracy:.2f}" in cells[:2]
         assert row["test_images"] == len(labels)
-        counted = sum(v.numel() for key, v in weights.items() if "running" not in key)
+        counted = sum(value.numel() for key, value in weights.items() if "running" not in key)
         assert row["parameters"] == counted - sum("num_batches" in key for key in weights)
         assert f"{row['parameters']:,}" in cells
         if name != "baseline":  # pruned from the saved file, and measured before it was trained on
@@ -184,7 +186,9 @@ def test_a_row_starts_from_the_file_that_it_is_given(call):
 
 
 def test_controls_are_as_long_as_they_say_and_start_where_they_say(call, tmp_path, monkeypatch):
-    trainings, seconds, train = [], [], script.train
+    trainings = []
+    seconds = []
+    train = script.train
 
     def spy(model, *data, **settings):
         trainings.append((copy.deepcopy(model.state_dict()), settings))
@@ -288,7 +292,10 @@ class Spy(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(10))
-        self.seen, self.corners, self.modes, self.clock = [], [], set(), 0
+        self.seen = []
+        self.corners = []
+        self.modes = set()
+        self.clock = 0
 
     def forward(self, images):
         pixels = images[:, 0] * script.DEVIATION + script.MEAN
@@ -304,7 +311,10 @@ def test_order_shifts_labels_and_time(monkeypatch):
     # Image n is filled with the value n; the frame outside is white, so that a shift shows.
     images = torch.full((40, 30, 30), 255, dtype=torch.uint8)
     images[:, 1:29, 1:29] = torch.arange(40, dtype=torch.uint8)[:, None, None]
-    labels, spy, other, told = torch.arange(40) % 10, Spy(), Spy(), []
+    labels = torch.arange(40) % 10
+    spy = Spy()
+    other = Spy()
+    told = []
     monkeypatch.setattr(timeit, "default_timer", lambda: spy.clock)
 
     def after_epoch(accuracy):
@@ -327,7 +337,8 @@ def test_order_shifts_labels_and_time(monkeypatch):
 @pytest.mark.parametrize("in_hardware", [True, False])
 def test_only_training_computes_in_bfloat16_and_only_in_hardware(in_hardware, monkeypatch):
     monkeypatch.setattr(script, "computes_bfloat16", lambda device: in_hardware)
-    model, seen = script.CNN((8, 8, 8, 8)), set()
+    model = script.CNN((8, 8, 8, 8))
+    seen = set()
     model.conv2.register_forward_hook(lambda layer, inputs, output: seen.add(output.dtype))
     images, labels = torch.randint(256, (8, 30, 30), dtype=torch.uint8), torch.arange(8)
     script.train(model, images, labels, epochs=1, lr=0.01, batch_size=8, seed=0)

@@ -53,7 +53,8 @@ def fails(call, tmp_path):
         before = files_of(tmp_path)
         error, out, err = call(*arguments)
         assert out == ""
-        assert {k: v for k, v in files_of(tmp_path).items() if k in before} == before
+        after = files_of(tmp_path)
+        assert {name: after[name] for name in after if name in before} == before
         assert isinstance(error, SystemExit if status == 2 else script.ExperimentError)
         return err if getattr(error, "code", 1) == 2 else str(error)
 
@@ -100,7 +101,8 @@ def given(call, tmp_path) -> Path:
 
 
 def test_an_unfit_baseline_is_named(given, fails, tmp_path):
-    content, bad = torch.load(given, weights_only=True), tmp_path / "bad.pth"
+    content = torch.load(given, weights_only=True)
+    bad = tmp_path / "bad.pth"
     weights = content["state_dict"]
     for spoil in (
         lambda: None,  # there is no such file
@@ -118,11 +120,14 @@ def test_an_unfit_baseline_is_named(given, fails, tmp_path):
 
 
 def test_damaged_models_are_refused_or_right(given, tmp_path):
-    rng, sound, bad, refused = random.Random(5), given.read_bytes(), tmp_path / "bad.pth", 0
+    rng = random.Random(5)
+    sound = given.read_bytes()
+    bad = tmp_path / "bad.pth"
+    refused = 0
     for _ in range(150):
-        at = rng.randrange(len(sound))
-        changed = rng.choice((sound[:at], sound[:at] + rng.randbytes(9) + sound[at + 9 :]))
-        bad.write_bytes(changed)
+        start = rng.randrange(len(sound))
+        cut = sound[:start]
+        bad.write_bytes(rng.choice((cut, cut + rng.randbytes(9) + sound[start + 9 :])))
         try:
             assert script.load_model(bad).widths == script.WIDTHS
         except script.ExperimentError as error:
@@ -154,33 +159,40 @@ def test_damaged_data_is_named_and_no_digits_step_in(raw, fails, tmp_path):
         (IMAGES, lambda c: c[: len(c) // 2]),  # half unpacked
         (LABELS, lambda c: c[:-1] + b"\x0a"),  # a label above 9
         (LABELS, lambda c: c[:7] + b"\x13" + c[8:-1]),  # fewer labels than images
+        # images of 14 x 56
         (IMAGES, lambda c: c[:8] + bytes((0, 0, 0, 14, 0, 0, 0, 56)) + c[16:]),
         (IMAGES, None),  # one of the four is missing, and not to be had
     ):
         content = (raw / name).read_bytes()
-        (raw / name).write_bytes(spoil(content)) if spoil else (raw / name).unlink()
+        if spoil:
+            (raw / name).write_bytes(spoil(content))
+        else:
+            (raw / name).unlink()
         message = fails(1, *QUICK[2:], "--data-dir", tmp_path / "data")
         assert f"delete {raw}" in message
         (raw / name).write_bytes(content)
 
 
 def test_fuzzed_data_files_are_refused_or_read_right(raw, tmp_path):
-    rng, sound, outcomes = random.Random(3), files_of(raw), [0, 0]
+    rng = random.Random(3)
+    sound = files_of(raw)
+    read = refused = 0
     for _ in range(150):
         name = rng.choice(sorted(sound))
-        at = rng.choice((rng.randrange(20), rng.randrange(len(sound[name]))))
-        changed = sound[name][:at] + rng.choice((b"", rng.randbytes(1) + sound[name][at + 1 :]))
+        content = sound[name]
+        start = rng.choice((rng.randrange(20), rng.randrange(len(content))))
+        changed = content[:start] + rng.choice((b"", rng.randbytes(1) + content[start + 1 :]))
         (raw / name).write_bytes(changed)
         try:
             _, (x, y), test = script.load_data("mnist", tmp_path / "data", None)
-            found = x[:, 1:-1, 1:-1], y, *test
-            assert all(map(torch.equal, found, read_idx(tmp_path / "data")))
-            outcomes[0] += 1
+            tensors = (x[:, 1:-1, 1:-1], y, *test)
+            assert all(map(torch.equal, tensors, read_idx(tmp_path / "data")))
+            read += 1
         except script.ExperimentError as error:
             assert f"delete {raw}" in str(error)
-            outcomes[1] += 1
-        (raw / name).write_bytes(sound[name])
-    assert min(outcomes) > 20
+            refused += 1
+        (raw / name).write_bytes(content)
+    assert min(read, refused) > 20
 
 
 def test_mnist_arrives_from_the_second_mirror(data_dir, tmp_path, monkeypatch):
@@ -232,7 +244,8 @@ def test_a_folder_that_cannot_be_made(fails, tmp_path):
 @pytest.mark.skipif(resource is None, reason="Windows cannot limit the size of a file")
 def test_a_full_disk_leaves_earlier_files_whole(call, fails, tmp_path):
     call(*QUICK)
-    before, (soft, hard) = files_of(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = files_of(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     # The system refuses to let a file grow beyond 5 kB, as on a full disk.
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
     try:
@@ -343,7 +356,8 @@ def test_a_pipe_that_closes(call, tmp_path):
     call(*QUICK)
     command = [sys.executable, SCRIPT, "--report", "checkpoints/results.json"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
-    process = subprocess.Popen(command, env=environment(PYTHONUNBUFFERED=""), **pipes)
+    variables = environment(PYTHONUNBUFFERED="")
+    process = subprocess.Popen(command, cwd=tmp_path, env=variables, **pipes)
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait(TIMEOUT) == 1
@@ -360,8 +374,12 @@ def test_without_docstrings(call, monkeypatch):
 
 
 def doomed(argv: list[str], moment: float) -> None:
-    """The script, dead in the middle of its write of that number; in a fork: real, and quick."""
-    written, write_bytes = itertools.count(1), Path.write_bytes
+    """Run the script in a fork, where it is killed in the middle of write number `moment`.
+
+    No write has a number below 1: such a moment is in seconds, and whoever forks does the killing.
+    """
+    written = itertools.count(1)
+    write_bytes = Path.write_bytes
 
     def half(path, content):
         if next(written) != moment:
@@ -379,7 +397,8 @@ def doomed(argv: list[str], moment: float) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux forks what has run torch's threads")
 def test_sigkill_at_twenty_moments(call, tmp_path):
     call(*QUICK)
-    rng, fork = random.Random(1), multiprocessing.get_context("fork")
+    rng = random.Random(1)
+    fork = multiprocessing.get_context("fork")
     for moment in (*range(1, 9), *(rng.uniform(0, 0.9) for _ in range(12))):
         seeds = map(str, rng.sample(range(99), 1 if moment >= 1 else 4))  # longer than 0.9 s
         process = fork.Process(target=doomed, args=([*QUICK, "--seeds", *seeds], moment))

@@ -64,7 +64,8 @@ def test_what_stays_is_what_the_norm_picks_and_answers_as_if_the_rest_were_zero(
     assert all(value.equal(expected[name]) for name, value in compact.state_dict().items())
     images = torch.randint(256, (64, 28, 28), dtype=torch.uint8)
     with torch.inference_mode():
-        logits, wanted = compact(script.normalised(images)), logits_of(zeroed, images)
+        logits = compact(script.normalised(images))
+        wanted = logits_of(zeroed, images)
     assert (logits - wanted).abs().max() < 1e-4
     assert wanted.std() > 1e-3  # else the comparison would mean nothing
 
@@ -89,8 +90,8 @@ def test_parameters_and_macs_by_arithmetic_and_by_nni(sparsity, widths):
     from nni.compression.utils.counter import count_flops_params
 
     # NNI's "flops" are multiply-accumulates, and it leaves out normalisation's parameters.
-    found = count_flops_params(model, torch.zeros(1, 1, 28, 28), verbose=False)[:2]
-    assert found == (macs, script.count_parameters(model) - 2 * (c2 + c3))
+    by_nni = count_flops_params(model, torch.zeros(1, 1, 28, 28), verbose=False)[:2]
+    assert by_nni == (macs, script.count_parameters(model) - 2 * (c2 + c3))
 
 
 # ----------------------------------------------------------------- other people's networks
@@ -115,9 +116,9 @@ def with_distinct_values(model: nn.Module) -> nn.Module:
 def found_by_value(small: Tensor, large: Tensor) -> tuple[Tensor, ...]:
     """Where in one tensor the values of another are: coordinates, one tensor for each axis."""
     values, order = large.flatten().sort()
-    at = torch.searchsorted(values, small.flatten()).clamp(max=len(values) - 1)
-    assert values[at].equal(small.flatten()), "the pruned network has a value of its own"
-    return torch.unravel_index(order[at], large.shape)
+    ranks = torch.searchsorted(values, small.flatten()).clamp(max=len(values) - 1)
+    assert values[ranks].equal(small.flatten()), "the pruned network has a value of its own"
+    return torch.unravel_index(order[ranks], large.shape)
 
 
 def channels_kept(small: nn.Module, large: nn.Module) -> tuple[Tensor, Tensor]:
@@ -141,10 +142,9 @@ def zero_what_was_lost(model: nn.Module, compact: nn.Module) -> None:
     """Set to zero, at each call of a layer, the channels that its pruned copy lacks."""
     for name, large in model.named_modules():
         small = compact.get_submodule(name)
-        own = {**large._parameters, **large._buffers}
-        changed = [key for key in own if own[key] is not None]
-        changed = [key for key in changed if not getattr(small, key).equal(own[key])]
-        if not changed:
+        tensors = {**large._parameters, **large._buffers}  # not those of layers inside it
+        present = {key: value for key, value in tensors.items() if value is not None}
+        if all(getattr(small, key).equal(value) for key, value in present.items()):
             continue
         axis = -1 if isinstance(large, nn.Linear) else 1
         inputs, outputs = channels_kept(small, large)
@@ -164,9 +164,9 @@ def pruned_and_checked(model, inputs, keep, pruner="L1NormPruner", sparsity=0.5)
     compact = script.prune(model, pruner, sparsity, inputs, keep)
     zero_what_was_lost(model, compact)
     with torch.inference_mode():
-        found = tree_leaves(compact(*inputs))
-        wanted = tree_leaves(model(*inputs))
-    for value, reference in zip(found, wanted, strict=True):
+        values = tree_leaves(compact(*inputs))
+        references = tree_leaves(model(*inputs))
+    for value, reference in zip(values, references, strict=True):
         assert value.shape == reference.shape
         scale = reference.abs().max()
         assert scale > 0
@@ -552,11 +552,12 @@ def test_a_pruned_network_trains_and_the_original_stays(network, keep, pruner):
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
     assert [p.requires_grad for p in compact.parameters()].count(False) == 1  # still frozen
     assert all(parameter.grad is None for parameter in compact.parameters())
-    before, logits = copy.deepcopy(compact.state_dict()), compact.train()(images)
+    untrained = copy.deepcopy(compact.state_dict())
+    logits = compact.train()(images)
     assert logits.shape == (8, 1000)
     F.cross_entropy(logits, labels).backward()
     torch.optim.SGD(compact.parameters(), lr=1.0).step()
-    assert any(not value.equal(before[name]) for name, value in compact.named_parameters())
+    assert any(not value.equal(untrained[name]) for name, value in compact.named_parameters())
 
 
 @pytest.mark.parametrize(

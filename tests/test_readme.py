@@ -20,9 +20,9 @@ def test_the_first_block_holds_the_two_commands():
 
 def test_options_that_the_readme_names_exist(call):
     _, usage, _ = call("--help")
-    ours = set(re.findall(r"`(?:python NNI_Pruning.py )?(--[a-z-]+)", README))
-    assert ours
-    assert all(option in usage for option in ours)
+    options = set(re.findall(r"`(?:python NNI_Pruning.py )?(--[a-z-]+)", README))
+    assert options
+    assert all(option in usage for option in options)
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda text: text.splitlines()[-1][:40])
@@ -41,6 +41,7 @@ def test_the_reference_table_is_that_of_the_reference_run():
     table = script.report(script.as_frame(rows))
     assert table in (folder / "README.md").read_text(encoding="utf-8")
     # The first screen's run is that of seed 0.
-    for row in (row for row in rows if row["seed"] == 0 and row["sparsity"] and row["pruner"]):
+    pruned = [row for row in rows if row["seed"] == 0 and row["sparsity"] and row["pruner"]]
+    for row in pruned:
         line = next(line for line in README.splitlines() if line.startswith(f"{row['name']} "))
         assert [f"{row[key]:.2f}" for key in ("accuracy_before", "accuracy")] == line.split()[1:3]

@@ -11,8 +11,6 @@ import NNI_Pruning as script
 from conftest import QUICK, ROOT, accuracy_of, files_of, read_idx, saved_weights, table_of
 
 REFERENCE = ROOT / "checkpoints" / "reference"
-
-
 SETTINGS = {"dataset": "mnist", "train_images": 60_000, "baseline_epochs": 3}
 SETTINGS |= {"finetune_epochs": 3, "batch_size": 256, "lr": 0.01}
 
@@ -62,16 +60,18 @@ def verdicts_of(accuracies: dict[str, list[float]]) -> dict[str, dict]:
 
 def test_interval_of_a_hand_made_case_and_of_scipy():
     # Differences 1, 2, 3: mean 2, standard deviation 1, error 1/sqrt(3); t(0.975, 2) = 4.3027.
-    ours, theirs = [51.0, 52.0, 53.0], [50.0, 50.0, 50.0]
-    (verdict,) = verdicts_of({"baseline": theirs, "L1NormPruner_0.5": ours}).values()
+    baseline = [50.0, 50.0, 50.0]
+    pruned = [51.0, 52.0, 53.0]
+    (verdict,) = verdicts_of({"baseline": baseline, "L1NormPruner_0.5": pruned}).values()
     assert (verdict["answer"], verdict["seeds"]) == ("cannot tell", 3)
     assert verdict["difference"] == pytest.approx(2)
     assert verdict["low"] == pytest.approx(2 - 4.302653 / 3**0.5, abs=1e-5)
     assert verdict["high"] == pytest.approx(2 + 4.302653 / 3**0.5, abs=1e-5)
     # The seeds differ by far more than the models do: only pairing shows the gain.
-    ours, theirs = [90.11, 95.10, 99.09, 97.2], [90.0, 95.0, 99.0, 97.1]
-    (verdict,) = verdicts_of({"baseline": theirs, "L1NormPruner_0.5": ours}).values()
-    interval = stats.ttest_rel(ours, theirs).confidence_interval()
+    baseline = [90.0, 95.0, 99.0, 97.1]
+    pruned = [90.11, 95.10, 99.09, 97.2]
+    (verdict,) = verdicts_of({"baseline": baseline, "L1NormPruner_0.5": pruned}).values()
+    interval = stats.ttest_rel(pruned, baseline).confidence_interval()
     assert [verdict["low"], verdict["high"]] == pytest.approx([*interval], abs=1e-5)
     assert verdict["answer"] == "yes"
 
@@ -121,6 +121,10 @@ def test_seeds_of_one_baseline_give_no_verdict_against_it():
     assert HOLDS not in text
     assert "L1NormPruner_0.5 is better than scratch_0.5_6_epochs" in text
     assert "All seeds start from one baseline" in text
+    # Without a control there is no claim left, but there are several seeds.
+    text = script.report(script.as_frame(rows[:6]))
+    assert "All seeds start from one baseline" in text
+    assert "With one seed" not in text
 
 
 def test_a_line_of_the_table():
@@ -183,7 +187,8 @@ def test_a_report_of_earlier_runs(call, tmp_path):
     picture = Path("checkpoints") / "results.png"
     assert printed == f"{shown}\n\nSaved: {picture}\n"
     # An export of NNI's trials, one for each seed.
-    trials = [{"value": json.dumps(content | {"rows": rows[at : at + 2]})} for at in (0, 2)]
+    halves = (rows[:2], rows[2:])
+    trials = [{"value": json.dumps({**content, "rows": half})} for half in halves]
     (tmp_path / "trials.json").write_text(json.dumps(trials), encoding="utf-8")
     before = files_of(tmp_path)
     _, printed, _ = call("--report", "trials.json")
@@ -273,7 +278,7 @@ def test_reference_models_have_the_accuracies_of_their_results(data_dir):
     if len(labels) != 10_000:
         pytest.skip("this is not the real MNIST")
     _, rows = script.read_results([REFERENCE / "results.json"])
-    rows = {row["name"]: row for row in rows[::-1]}
+    rows = {row["name"]: row for row in rows[::-1]}  # of each name, the first row
     paths = sorted(REFERENCE.glob("*.pth"))
     assert len(paths) == 5
     for path in paths:

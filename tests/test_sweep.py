@@ -60,14 +60,21 @@ def until(condition, seconds: float = TIMEOUT):
 
 
 def free_port() -> int:
-    """Most likely free, and its successor too, which NNI asks for: not one that systems give."""
+    """A port that is most likely free, as is the next one, which NNI takes as well.
+
+    It is below those that a system hands out itself.
+    """
     return random.randrange(20_000, 32_000, 2)
 
 
 def processes_with(name: str, value: str) -> list[psutil.Process]:
     """The processes in whose environment the variable begins with the value."""
-    found = psutil.process_iter(["environ"])
-    return [each for each in found if (each.info["environ"] or {}).get(name, "").startswith(value)]
+    processes = []
+    for process in psutil.process_iter(["environ"]):
+        variables = process.info["environ"] or {}  # None: it may not be read
+        if variables.get(name, "").startswith(value):
+            processes.append(process)
+    return processes
 
 
 def sweep(config: dict, folder: Path, data_dir: Path, meanwhile=lambda: None) -> dict[str, str]:
@@ -77,7 +84,8 @@ def sweep(config: dict, folder: Path, data_dir: Path, meanwhile=lambda: None) ->
     """
     if sys.version_info >= (3, 14) and Version(version("typeguard")) < Version("4.1.3"):
         pytest.skip("nnictl needs a newer typeguard here: see the README")
-    code, port = folder / "code", free_port()
+    code = folder / "code"
+    port = free_port()
     code.mkdir()
     for name in ("NNI_Pruning.py", ".nniignore"):
         shutil.copy(ROOT / name, code)
@@ -114,9 +122,8 @@ def sweep(config: dict, folder: Path, data_dir: Path, meanwhile=lambda: None) ->
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         for log in (*folder.rglob("nnimanager.log"), *folder.rglob("trial.stderr")):
-            print(
-                log, log.read_text(encoding="utf-8")[-2000:], sep="\n"
-            )  # shown where the test fails
+            # pytest shows this where the test fails.
+            print(log, log.read_text(encoding="utf-8")[-2000:], sep="\n")
     return statuses
 
 
@@ -128,12 +135,13 @@ def check(folder: Path, statuses: dict[str, str]) -> None:
     assert exported.keys() == statuses.keys()
     for trial, row in exported.items():
         (saved,) = folder.rglob(f"checkpoints/{trial}/results.json")
-        own = json.loads(saved.read_text(encoding="utf-8"))["rows"][-1]
-        assert row["default"] == str(own["accuracy"])
+        result = json.loads(saved.read_text(encoding="utf-8"))["rows"][-1]
+        assert row["default"] == str(result["accuracy"])
         # NNI 3.0 may record two trials that start together with each other's parameters.
         for name in ("name", "pruner", "sparsity", "parameters", "macs", "training_seconds"):
-            assert row[name] == str(own[name])
-    rows = script.main(f"--report {folder}/code/sweep.json --checkpoint-dir {folder}".split())
+            assert row[name] == str(result[name])
+    report = ["--report", f"{folder}/code/sweep.json", "--checkpoint-dir", str(folder)]
+    rows = script.main(report)
     pairs = [f"{pruner}_{sparsity}" for pruner in script.PRUNERS for sparsity in script.SPARSITIES]
     assert sorted(row["name"] for row in rows) == sorted(pairs + ["baseline"] * 4)
     assert (folder / "results.png").stat().st_size > 0
@@ -167,7 +175,8 @@ def test_killed_trial_is_shown_as_failed(data_dir, tmp_path):
 def machine(home: Path):
     """An SSH server of its own; gives the entry of NNI's machineList that reaches it."""
     home.mkdir()
-    key, port = home / "key", free_port()  # one key, of server and user
+    key = home / "key"  # of the server and of the user
+    port = free_port()
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
     if os.geteuid() == 0:
         Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # which init makes elsewhere
@@ -181,7 +190,8 @@ def machine(home: Path):
     pipes = {"stderr": subprocess.PIPE, "encoding": "utf-8"}
     server = subprocess.Popen(command.split(" "), **pipes)
     try:
-        assert "listening" in (line := server.stderr.readline()), line
+        line = server.stderr.readline()
+        assert "listening" in line, line
         entry = {"host": "127.0.0.1", "port": port, "user": psutil.Process().username()}
         yield entry | {"sshKeyFile": str(key), "pythonPath": str(BIN)}
     finally:
