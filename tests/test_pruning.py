@@ -502,6 +502,12 @@ def test_a_network_that_would_come_out_wrong_is_refused_with_its_layer(name):
 
 # ----------------------------------------------------------------- networks of torchvision
 
+# Of ConvNeXt, only the first layers of the MLPs: all others feed a normalization over channels.
+CONVNEXT_KEEPS = [
+    name
+    for name, layer in torchvision.models.convnext_tiny().named_modules()
+    if isinstance(layer, (nn.Conv2d, nn.Linear)) and not name.endswith("block.3")
+]
 SHUFFLENET_KEEPS = [
     name
     for name, _ in torchvision.models.shufflenet_v2_x1_0().named_modules()
@@ -514,7 +520,7 @@ FAMILIES = {
     "resnet18": ("fc", 3_055_880),
     "mobilenet_v2": ("classifier", 1_221_768),
     "efficientnet_b0": ("classifier", 1_701_446),
-    "convnext_tiny": ("classifier", 15_636_616),
+    "convnext_tiny": (CONVNEXT_KEEPS, 15_636_616),
     "shufflenet_v2_x1_0": (["fc", "conv1", *SHUFFLENET_KEEPS], 1_179_026),
 }
 QUICK_FAMILY = "mobilenet_v3_small"

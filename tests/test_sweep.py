@@ -144,7 +144,7 @@ def check(folder: Path, statuses: dict[str, str]) -> None:
     rows = script.main(report)
     pairs = [f"{pruner}_{sparsity}" for pruner in script.PRUNERS for sparsity in script.SPARSITIES]
     assert sorted(row["name"] for row in rows) == sorted(pairs + ["baseline"] * 4)
-    assert (folder / "results.png").stat().st_size > 0
+    assert (folder / "code" / "sweep.png").stat().st_size > 0
 
 
 @pytest.mark.slow
