@@ -226,8 +226,9 @@ def test_kubernetes_yaml_is_valid(tmp_path, monkeypatch):
     script.import_nni()  # without it NNI cannot be imported on Python 3.14
     from nni.experiment.config import ExperimentConfig
 
-    text = yaml.safe_dump(readme_yaml("frameworkcontroller"))
-    (tmp_path / "sweep.yml").write_text(text, encoding="utf-8")
+    # Without the address, NNI would look for one, and fail on a machine without a network.
+    config = {**readme_yaml("frameworkcontroller"), "nniManagerIp": "127.0.0.1"}
+    (tmp_path / "sweep.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
     ExperimentConfig.load(tmp_path / "sweep.yml").validate()
 
 
