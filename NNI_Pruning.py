@@ -40,7 +40,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-# Other packages are imported where they are used: load_model needs only torch, and prune NNI too.
+# Other packages are imported where they are used. So load_model needs only torch, and prune only
+# torch and NNI.
 
 PRUNERS = ("L1NormPruner", "FPGMPruner")
 SPARSITIES = (0.5, 0.75)  # the two configurations: the share of each layer's channels to remove
@@ -50,7 +51,8 @@ SPARSITIES = (0.5, 0.75)  # the two configurations: the share of each layer's ch
 LAYERS = ("conv1", "conv2", "conv3", "hidden")
 WIDTHS = (32, 64, 128, 48)
 
-EPOCHS = {"mnist": 3, "digits": 20}  # an epoch of the 1,437 digits has few steps
+# "digits" are scikit-learn's 1,797 handwritten digits, used where MNIST cannot be downloaded.
+EPOCHS = {"mnist": 3, "digits": 20}  # an epoch of the digits has few steps
 BATCH_SIZE = {"mnist": 256, "digits": 64}
 LEARNING_RATE = 1e-2  # the peak of the one-cycle schedule
 LABEL_SMOOTHING = 0.1
@@ -58,7 +60,7 @@ MAX_SHIFT = 1  # training images move by up to this many pixels, vertically and 
 
 MEAN = 0.1307  # of MNIST's training pixels, scaled to 0..1
 DEVIATION = 0.3081  # standard deviation of the same pixels
-TOLERANCE = 0.1  # percentage points: accuracy holds if it falls by less
+TOLERANCE = 0.1  # percentage points: we say that accuracy holds if it falls by less
 
 
 class ExperimentError(Exception):
@@ -83,8 +85,8 @@ class CNN(nn.Module):
     def __init__(self, widths: tuple[int, ...] = WIDTHS) -> None:
         super().__init__()
         c1, c2, c3, features = widths
-        # On the largest map, pooling and normalization would take longer than the convolution. So
-        # conv1 has stride 2 instead of pooling, and no BatchNorm: its input is normalized already.
+        # On the largest map, pooling and BatchNorm would take longer than the convolution. So conv1
+        # has stride 2 instead of pooling, and no BatchNorm.
         self.conv1 = nn.Conv2d(1, c1, 5, stride=2)  # 28 -> 12
         # A convolution before a BatchNorm needs no bias: BatchNorm has one.
         self.conv2 = nn.Conv2d(c1, c2, 3, bias=False)  # 12 -> 10, pooled to 5
@@ -113,8 +115,11 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def count_macs(model: CNN) -> int:
-    """Multiply-accumulates (MACs) of one image's forward pass: half of torch's count."""
-    model.eval()  # in training mode, BatchNorm's statistics would move
+    """Multiply-accumulates (MACs) of one image's forward pass: half of torch's count.
+
+    The model is in eval mode afterwards. In training mode, BatchNorm's statistics would change.
+    """
+    model.eval()
     image = torch.zeros(1, 1, 28, 28, device=model.output.weight.device)
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model(image)
@@ -151,7 +156,10 @@ def save_model(path: Path, model: CNN, about: dict) -> None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Twelve hexadecimal digits that differ between models with different weights."""
+    """Twelve hexadecimal digits that differ between models with different weights.
+
+    In a row of the results, `baseline_id` tells from which baseline a model was made.
+    """
     digest = hashlib.sha256()
     for value in model.state_dict().values():
         digest.update(value.cpu().contiguous().numpy().tobytes())
@@ -163,27 +171,32 @@ def load_mnist(data_dir: Path):
     """Training and test set of MNIST, downloaded if they are not in `data_dir`."""
     from torchvision.datasets import MNIST
 
+    timeout_before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)  # seconds; torchvision sets no timeout and could wait forever
     parts = []
     try:
         for is_train in (True, False):
             part = MNIST(data_dir, train=is_train, download=True)
-            if part.data.shape != (len(part.targets), 28, 28) or part.targets.max() > 9:
-                raise ValueError("not as many labels 0 to 9 as images of 28 x 28")
+            if part.data.shape != (len(part.targets), 28, 28):
+                raise ValueError("there is not one label for each image of 28 x 28 pixels")
+            if part.targets.max() > 9:
+                raise ValueError("there is a label above 9")
             parts.append((part.data, part.targets))
     except Exception as error:  # torchvision raises the same error for no network and bad files
         raw = data_dir / "MNIST" / "raw"
         reason = " ".join(str(error).split())
-        if raw.is_dir() and any(raw.iterdir()):
-            message = f"MNIST cannot be read: {reason}; delete {raw} and run again"
-            raise ExperimentError(message) from error
+        if raw.is_dir() and any(raw.iterdir()):  # some files are there: they are damaged or too few
+            message = f"MNIST cannot be read: {reason}; put all four .gz files into {raw}"
+            raise ExperimentError(f"{message}, or delete {raw} to download them again") from error
         message = f"MNIST could not be downloaded: {reason}; put its .gz files into {raw}"
         raise MissingDataError(message) from error
+    finally:
+        socket.setdefaulttimeout(timeout_before)
     return parts
 
 
 def load_small_digits():
-    """Training and test set of scikit-learn's 1,797 handwritten digits, in MNIST's form."""
+    """Training and test set of scikit-learn's 1,797 handwritten digits, in MNIST's format."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -201,9 +214,10 @@ def load_data(name: str | None, data_dir: Path, subset: int | None):
     """Load "mnist" or "digits". None means MNIST, or the digits if it cannot be downloaded.
 
     Returns the name, (images, labels) for training and (images, labels) for testing. Images are
-    uint8 (N, 28, 28). Training images have MAX_SHIFT more pixels of background on each side, so
-    that a slice is a shifted image. Labels are int64 (N,). With `subset`, there are that many
-    training images and a sixth as many test images, the same for every seed.
+    uint8 (N, 28, 28). Training images have MAX_SHIFT more pixels of background on each side:
+    `train` cuts 28 x 28 pixels at a random place, which shifts the image. Labels are int64 (N,).
+    With `subset`, there are that many training images and a sixth as many test images, the same for
+    every seed.
 
     Raises ExperimentError if MNIST cannot be read, or is asked for and cannot be downloaded.
     """
@@ -233,8 +247,9 @@ def random_part(data, size: int, generator: torch.Generator):
     return images[chosen], labels[chosen]
 
 
-def normalised(images: Tensor) -> Tensor:
+def normalize(images: Tensor) -> Tensor:
     """uint8 (N, H, W) pixels as the float (N, 1, H, W) that the model takes."""
+    # The same as (pixels / 255 - MEAN) / DEVIATION, with fewer passes over the pixels.
     return images.unsqueeze(1).float().sub_(255 * MEAN).mul_(1 / (255 * DEVIATION))
 
 
@@ -259,8 +274,9 @@ def why_device_fails(name: str) -> str:
         image = torch.ones(1, 1, 3, 3, device=name)
         F.conv2d(image, image).item()
     except Exception as error:  # torch raises errors of several kinds
-        first_line = str(error).partition("\n")[0]
-        return first_line.partition(". ")[0] or type(error).__name__
+        first_line = str(error).split("\n")[0]
+        first_sentence = first_line.split(". ")[0]
+        return first_sentence or type(error).__name__
     return ""
 
 
@@ -325,8 +341,8 @@ def train(model, images, labels, *, epochs, lr, batch_size, seed, title="", afte
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
     if device.type == "cpu":
-        # Before each step, torch's optimizer asks an accelerator about graph capture. On a machine
-        # with a GPU, it would initialize CUDA within the timed steps.
+        # Before each step, torch's optimizer (2.15) asks an accelerator about graph capture. On a
+        # machine with a GPU, it would initialize CUDA within the timed steps.
         optimizer._accelerator_graph_capture_health_check = lambda: None
     steps = math.ceil(len(images) / batch_size)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps)
@@ -341,13 +357,14 @@ def train(model, images, labels, *, epochs, lr, batch_size, seed, title="", afte
         order = torch.randperm(len(images), generator=generator).to(device)
         shifts = torch.randint(2 * MAX_SHIFT + 1, (steps, 2), generator=generator).tolist()
         correct = torch.zeros((), device=device)
-        for indices, (top, left) in zip(order.split(batch_size), shifts, strict=True):
+        for step, indices in enumerate(order.split(batch_size)):
+            top, left = shifts[step]
             target = labels[indices]
             # index_select copies whole images; images[indices] would take ten times as long.
             padded = images.index_select(0, indices)
             shifted = padded[:, top : top + 28, left : left + 28]
             with mixed_precision:
-                logits = model(normalised(shifted)).float()
+                logits = model(normalize(shifted)).float()
             F.cross_entropy(logits, target, label_smoothing=LABEL_SMOOTHING).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -369,14 +386,17 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     model.eval()
     correct = 0
     for batch, target in zip(images.split(500), labels.split(500), strict=True):
-        predicted = model(normalised(batch)).argmax(1)
+        predicted = model(normalize(batch)).argmax(1)
         correct += (predicted == target).sum().item()
     return 100 * correct / len(labels)
 
 
 # -------------------------------------------------------------------------------- pruning
 def import_nni():
-    """Import NNI with its pruners and ModelSpeedup; raises ExperimentError if it is missing."""
+    """Import NNI with its pruners and ModelSpeedup, also on Python 3.14, and silence it.
+
+    Raises ExperimentError if it is missing.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the warnings are about NNI's own code
         # NNI 3.0, the last release, requires a typeguard (< 4.1.3) that imports ast.Str but never
@@ -400,8 +420,9 @@ def import_nni():
     return nni
 
 
-# The layers that NNI can make narrower. The channelwise ones compute each channel from one channel.
+# Layers whose output channel i depends only on input channel i.
 CHANNELWISE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.InstanceNorm2d, nn.PReLU)
+# All layers that NNI can make narrower.
 NARROWABLE = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear, *CHANNELWISE)
 
 
@@ -422,7 +443,7 @@ def prune(
     the two, in float64 to 1e-6. Some operations would compute something else with fewer channels:
     softmax or mean over channels, PixelShuffle, a view of fixed size. Then the error tells which
     layers to name in `keep`. The layers before a normalization over channels (LayerNorm, GroupNorm)
-    or before a layer that NNI cannot prune (LSTM, Conv3d) keep their channels in any case.
+    or before a layer that NNI cannot prune (LSTM, Conv3d) always keep their channels.
 
     The copy is on the CPU and in eval mode, and frozen parameters stay frozen. Its parameters are
     new tensors, so make the optimizer for its fine-tuning afterwards.
@@ -445,55 +466,34 @@ def prune(
     if not 0 < sparsity < 1:
         raise ExperimentError(f"sparsity is {sparsity}, but must be between 0 and 1, both excluded")
     keep = [keep] if isinstance(keep, str) else list(keep)
-    compact, inputs, dtype = copy_for_pruning(model, example_input)
-    layers = dict(compact.named_modules(remove_duplicate=False))
-    traced = trace(compact, layers, inputs, keep)
-    shared = shared_layers(traced, layers)
-    check_prunable(traced, layers, keep, shared)
+    network, inputs, dtype = copy_for_pruning(model, example_input)
+    modules = dict(network.named_modules(remove_duplicate=False))  # the network itself is ""
+    traced = trace(network, modules, inputs, keep)
+    shared = shared_layers(traced, modules)
+    check_keep(traced, modules, keep, shared)
+
     config = {
         "op_types": ["Conv2d", "Linear"],
-        "exclude_op_names": layers_to_keep(traced, layers, keep, shared),
+        "exclude_op_names": layers_to_keep(traced, modules, keep, shared),
         "sparse_ratio": float(sparsity),
     }
     # The dependency groups ("denpendency" is NNI's spelling) make layers whose outputs are added
     # lose the same channels.
     configs = nni.compression.speedup.auto_set_denpendency_group_ids(traced, [config])
-    leave_mixed_groups(configs, layers)
+    dissolve_mixed_groups(configs, modules)
     if not configs:
         raise ExperimentError("every layer is in keep, or comes before one that keeps its channels")
-    dtype_before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # NNI creates its layers in the default dtype
-    with contextlib.redirect_stdout(io.StringIO()):  # NNI prints
-        try:
-            nni_pruner = getattr(nni.compression.pruning, pruner)(compact, configs)
-            _, masks = nni_pruner.compress()
-            nni_pruner.unwrap_model()
-            # ModelSpeedup's own tracer fails on torch >= 2.2 ('NoneType' object has no attribute
-            # 'startswith', NNI issue 5768). It accepts a graph from torch.fx instead.
-            speedup = nni.compression.speedup.ModelSpeedup(
-                compact, inputs, masks, graph_module=traced, logger=logging.getLogger("nni")
-            )
-            for info in speedup.node_infos.values():
-                info._output_randomize = None  # after `x.size()` NNI deletes it, but never sets it
-            # NNI's own check refuses a layer with one output channel, such as a single logit.
-            speedup.tensor_propagate_check = lambda tensor: tensor.numel() % speedup.batch_size == 0
-            compact = speedup.speedup_model().eval()
-        except Exception as error:  # NNI raises errors of many kinds
-            node = node_of(error)
-            message = f"NNI cannot prune {name_of(node)} ({one_line(error)})"
-            raise ExperimentError(f"{message}; {advice(node, layers)}") from error
-        finally:
-            torch.set_default_dtype(dtype_before)
-    # NNI also replaces layers that lost nothing. Put the old ones back, because other layers may
-    # share their parameters.
-    for name, layer in layers.items():
-        if name and shapes_of(layer) == shapes_of(compact.get_submodule(name)):
-            compact.set_submodule(name, layer)
+    compact, masks = run_nni(network, modules, traced, inputs, dtype, pruner, configs)
+
+    # NNI makes every layer anew. Put back those that lost nothing, so that layers that share a
+    # parameter still share it.
+    for name, module in modules.items():
+        if name and shapes_of(module) == shapes_of(compact.get_submodule(name)):
+            compact.set_submodule(name, module)
     if count_parameters(compact) >= count_parameters(model):
         raise ExperimentError("no channel was removed: is sparsity too low, or keep too long?")
-    output_masks = {node: info.output_masks for node, info in speedup.node_infos.items()}
-    speedup.node_infos.clear()  # they hold all intermediate values
-    check_pruned(compact, traced, layers, output_masks, inputs, dtype)
+    check_pruned(compact, traced, modules, masks, inputs, dtype)
+
     for name, parameter in compact.named_parameters():
         original = model.get_parameter(name)
         parameter.data = parameter.data.to(original.dtype)
@@ -504,29 +504,73 @@ def prune(
     return compact
 
 
+def run_nni(network: nn.Module, modules, traced, inputs, dtype, pruner: str, configs: list[dict]):
+    """Let NNI prune a network, which it changes.
+
+    Returns the network with narrower layers, and NNI's masks: for the output of each node of the
+    graph, what is left of it. Raises ExperimentError where NNI fails.
+    """
+    nni = import_nni()
+    dtype_before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # NNI creates its layers in the default dtype
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # NNI prints
+            # 1. Choose the channels to remove.
+            nni_pruner = getattr(nni.compression.pruning, pruner)(network, configs)
+            _, masks = nni_pruner.compress()
+            nni_pruner.unwrap_model()
+            # 2. Replace the layers by smaller ones. ModelSpeedup's own tracer fails on torch >= 2.2
+            # ('NoneType' object has no attribute 'startswith', NNI issue 5768). It accepts a graph
+            # from torch.fx instead.
+            speedup = nni.compression.speedup.ModelSpeedup(
+                network, inputs, masks, graph_module=traced, logger=logging.getLogger("nni")
+            )
+            # Two faults of NNI: for a network with `x.size()`, it deletes an attribute that it has
+            # never set; and its own check refuses a layer with a single output channel.
+            for info in speedup.node_infos.values():
+                info._output_randomize = None
+            speedup.tensor_propagate_check = lambda tensor: tensor.numel() % speedup.batch_size == 0
+            compact = speedup.speedup_model().eval()
+    except Exception as error:  # NNI raises errors of many kinds
+        node = node_of(error)
+        message = f"NNI cannot prune {name_of(node)} ({one_line(error)})"
+        raise ExperimentError(f"{message}; {advice(node, modules)}") from error
+    finally:
+        torch.set_default_dtype(dtype_before)
+    output_masks = {node: info.output_masks for node, info in speedup.node_infos.items()}
+    speedup.node_infos.clear()  # they also hold the output of each node
+    return compact, output_masks
+
+
+# The rest of this section concerns networks of your own: which layers must keep their channels,
+# whether the copy is right, and what to say if it is not.
+
+
 def copy_for_pruning(model: nn.Module, example_input):
     """A copy on the CPU and in eval mode, inputs that fit it, and their dtype."""
-    values = dict([*model.named_parameters(), *model.named_buffers()])
-    for name, value in values.items():
-        if value.is_meta:
-            raise ExperimentError(f"{name} is on the device meta and has no values to prune by")
-        if isinstance(value, nn.Parameter) and value.dim() > 1 and not value.any():
-            raise ExperimentError(f"{name} is all zero: NNI takes the layers before it for unused")
     try:
-        compact = copy.deepcopy(model).cpu().eval()
+        network = copy.deepcopy(model).cpu().eval()
     except Exception as error:  # a network can hold anything
         raise ExperimentError(f"the network cannot be copied: {one_line(error)}") from error
-    vars(compact).pop("about", None)  # from load_model; it describes the network before pruning
-    is_double = any(value.dtype == torch.float64 for value in values.values())
+    if isinstance(network, CNN):
+        vars(network).pop("about", None)  # from load_model; it describes the unpruned model
+    for name, parameter in network.named_parameters():
+        if parameter.dim() > 1 and not parameter.any():
+            raise ExperimentError(f"{name} is all zero: NNI takes the layers before it for unused")
+    values = [*network.parameters(), *network.buffers()]
+    is_double = any(value.dtype == torch.float64 for value in values)
     dtype = torch.float64 if is_double else torch.float32  # NNI needs one of them
     inputs = (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
-    return compact.to(dtype), converted(inputs, dtype), dtype
+    return network.to(dtype), converted(inputs, dtype), dtype
 
 
 def converted(inputs: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """The inputs on the CPU; floating-point numbers in `dtype`."""
-    inputs = [value.detach().cpu() for value in inputs]
-    return tuple(value.to(dtype) if value.is_floating_point() else value for value in inputs)
+    """Copies of the inputs, on the CPU; floating-point numbers in `dtype`.
+
+    A network may change its input in place. So each call gets its own copies.
+    """
+    copies = [value.detach().cpu().clone() for value in inputs]
+    return tuple(value.to(dtype) if value.is_floating_point() else value for value in copies)
 
 
 class BlockTracer(torch.fx.Tracer):
@@ -540,7 +584,7 @@ class BlockTracer(torch.fx.Tracer):
         return name in self.blocks or super().is_leaf_module(module, name)
 
 
-def trace(network: nn.Module, layers, inputs, keep: list[str]) -> torch.fx.GraphModule:
+def trace(network: nn.Module, modules, inputs, keep: list[str]) -> torch.fx.GraphModule:
     """A network with its torch.fx graph, which has the shapes of all values.
 
     If torch.fx cannot look inside all blocks, those in `keep` become single nodes of the graph.
@@ -552,10 +596,10 @@ def trace(network: nn.Module, layers, inputs, keep: list[str]) -> torch.fx.Graph
             network(*inputs)
     except Exception as error:  # the network's own code can raise anything
         shapes = " and ".join(str(tuple(value.shape)) for value in inputs)
-        message = f"example_input {shapes} does not fit {place_and_error(error, layers)}"
+        message = f"example_input {shapes} does not fit {place_and_error(error, modules)}"
         raise ExperimentError(message) from error
     errors = []
-    for blocks in ([], keep):
+    for blocks in ([], keep):  # the second only if torch.fx fails with the first
         try:
             traced = torch.fx.GraphModule(network, BlockTracer(blocks).trace(network))
             with contextlib.redirect_stderr(io.StringIO()):  # ShapeProp prints tracebacks
@@ -563,84 +607,96 @@ def trace(network: nn.Module, layers, inputs, keep: list[str]) -> torch.fx.Graph
             return traced
         except Exception as error:  # as above
             errors.append(error)
-    message = f"torch.fx cannot trace {place_and_error(errors[0], layers)}"
-    raise ExperimentError(f"{message}; {advice(None, layers)}") from errors[0]
+    message = f"torch.fx cannot trace {place_and_error(errors[0], modules)}"
+    raise ExperimentError(f"{message}; {advice(None, modules)}") from errors[0]
 
 
-def shared_layers(traced: torch.fx.GraphModule, layers: dict[str, nn.Module]) -> dict[str, str]:
+def shared_layers(traced: torch.fx.GraphModule, modules: dict[str, nn.Module]) -> dict[str, str]:
     """The layers whose parameters are used more than once; for each, why NNI cannot prune it."""
     reasons = {}
     called = [node.target for node in traced.graph.nodes if node.op == "call_module"]
     for name in called:
         calls = called.count(name)
-        if calls > 1 and count_parameters(layers[name]) > 1:  # 1: a PReLU that has no channels
+        # A layer of one parameter is a PReLU for all channels, which has none to lose.
+        if calls > 1 and count_parameters(modules[name]) > 1:
             times = "twice" if calls == 2 else f"{calls} times"
             reasons[name] = f"layer {name} is called {times}: NNI masks it for one call only"
-    owners = {}
-    for name, parameter in layers[""].named_parameters(remove_duplicate=False):
-        owners.setdefault(parameter, []).append(name.rpartition(".")[0])
-    for names in owners.values():
+    layers_by_parameter = {}
+    for parameter_name, parameter in modules[""].named_parameters(remove_duplicate=False):
+        layer_name = parameter_name.rpartition(".")[0]
+        layers_by_parameter.setdefault(parameter, []).append(layer_name)
+    for names in layers_by_parameter.values():
         if len(names) > 1:
             reason = f"layers {' and '.join(names)} share a parameter: NNI would separate them"
             reasons.update(dict.fromkeys(names, reason))
     return reasons
 
 
-def check_prunable(traced, layers: dict[str, nn.Module], keep: list[str], shared: dict[str, str]):
+def check_keep(traced, modules: dict[str, nn.Module], keep: list[str], shared: dict[str, str]):
     """Raise ExperimentError if `keep` has a wrong name, or lacks a layer that it must have."""
-    *_, output = traced.graph.nodes  # the last node
-    output_layers = feeding(output, layers)
+    output_layers = layers_before(output_node(traced), modules)
     for name in keep:
-        if name not in layers:
+        if name not in modules:
             message = f"keep names {name}, but the network has no such layer"
             raise ExperimentError(f"{message}; the output layer is {', '.join(output_layers)}")
-    kept = inside(keep, layers)
+    kept = names_inside(keep, modules)
     for name in output_layers:
-        if name not in kept and isinstance(layers[name], (nn.Conv2d, nn.Linear)):
+        if name not in kept and isinstance(modules[name], (nn.Conv2d, nn.Linear)):
             raise ExperimentError(f"layer {name} computes the output; name it in keep")
     for name, reason in shared.items():
         if name not in kept:
             raise ExperimentError(f"{reason}; name it in keep")
 
 
-def layers_to_keep(traced, layers: dict[str, nn.Module], keep: list[str], shared) -> list[str]:
+def layers_to_keep(traced, modules: dict[str, nn.Module], keep: list[str], shared) -> list[str]:
     """The layers in `keep`, those that NNI cannot prune, and the layers before these."""
-    names = inside(keep, layers)
+    names = names_inside(keep, modules)
     for node in traced.graph.nodes:
         if node.op == "call_module":
-            layer = layers[node.target]
+            layer = modules[node.target]
+            # NNI looks at the type itself, so it does not know a subclass of Conv2d.
             is_unknown = type(layer) not in NARROWABLE and bool(shapes_of(layer))
             if is_unknown or node.target in shared:
                 names.append(node.target)
-                names.extend(feeding(node, layers))
+                names.extend(layers_before(node, modules))
     return sorted(set(names))
 
 
-def leave_mixed_groups(configs: list[dict], layers: dict[str, nn.Module]) -> None:
-    """Take layers out of their dependency group if its weights differ in dimensions or channels.
+def dissolve_mixed_groups(configs: list[dict], modules: dict[str, nn.Module]) -> None:
+    """Dissolve each dependency group whose weights differ in dimensions or channels.
 
     NNI cannot add the scores of such layers. Without the group it prunes less, but correctly.
     """
-    sizes = {}
+    shapes_by_group = {}
     for config in configs:
-        weight = layers[config["op_names"][0]].weight
-        group = sizes.setdefault(config.get("dependency_group_id"), set())
-        group.add((weight.dim(), len(weight)))
+        weight = modules[config["op_names"][0]].weight
+        shapes = shapes_by_group.setdefault(config.get("dependency_group_id"), set())
+        shapes.add((weight.dim(), len(weight)))
     for config in configs:
-        if len(sizes[config.get("dependency_group_id")]) > 1:
-            config.pop("dependency_group_id", None)
+        if len(shapes_by_group[config.get("dependency_group_id")]) > 1:
+            config.pop("dependency_group_id", None)  # a layer without a group has none
 
 
-def inside(blocks: list[str], layers: dict[str, nn.Module]) -> list[str]:
+def names_inside(blocks: list[str], modules: dict[str, nn.Module]) -> list[str]:
     """The names of the blocks and of all layers in them."""
-    return [name for name in layers if any(f"{name}.".startswith(f"{block}.") for block in blocks)]
+    names = []
+    for name in modules:
+        # The dots tell block "conv1" from layer "conv10".
+        if any(f"{name}.".startswith(f"{block}.") for block in blocks):
+            names.append(name)
+    return names
 
 
-def shapes_of(layer: nn.Module) -> list[torch.Size]:
-    return [value.shape for value in layer.state_dict().values()]
+def shapes_of(module: nn.Module) -> list[torch.Size]:
+    return [value.shape for value in module.state_dict().values()]
 
 
-def feeding(node: torch.fx.Node, layers: dict[str, nn.Module]) -> list[str]:
+def output_node(traced: torch.fx.GraphModule) -> torch.fx.Node:
+    *_, last = traced.graph.nodes
+    return last
+
+
+def layers_before(node: torch.fx.Node, modules: dict[str, nn.Module]) -> list[str]:
     """The names of the layers whose output channels are the input channels of a node."""
     names = []
     seen = set()
@@ -650,12 +706,19 @@ def feeding(node: torch.fx.Node, layers: dict[str, nn.Module]) -> list[str]:
         if current in seen:
             continue
         seen.add(current)
-        layer = layers[current.target] if current.op == "call_module" else None
-        if layer is None or isinstance(layer, CHANNELWISE) or not shapes_of(layer):
+        if passes_channels_on(current, modules):
             waiting.extend(current.all_input_nodes)
         else:
             names.append(current.target)
-    return list(dict.fromkeys(names))  # a shared layer can feed it twice
+    return list(dict.fromkeys(names))  # each once: a shared layer can come before it twice
+
+
+def passes_channels_on(node: torch.fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether the channels of a node are those of its inputs, as with ReLU, `+` or BatchNorm."""
+    if node.op != "call_module":
+        return True
+    layer = modules[node.target]
+    return isinstance(layer, CHANNELWISE) or not shapes_of(layer)
 
 
 def one_line(error: Exception) -> str:
@@ -663,20 +726,26 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:160]}"
 
 
-def place_and_error(error: Exception, layers: dict[str, nn.Module]) -> str:
+def place_and_error(error: Exception, modules: dict[str, nn.Module]) -> str:
     """The layer whose code raised an error, and the error, in one line."""
-    names = {id(layer): f"layer {name}" for name, layer in layers.items() if name}
+    names = {id(module): f"layer {name}" for name, module in modules.items() if name}
     place = "the network"
-    for frame, _ in traceback.walk_tb(error.__traceback__):
+    for frame, _ in traceback.walk_tb(error.__traceback__):  # from the outermost call inwards
         place = names.get(id(frame.f_locals.get("self")), place)
     return f"{place} ({one_line(error)})"
 
 
 def node_of(error: Exception) -> torch.fx.Node | None:
-    """The node of the graph on which NNI's code worked when it raised an error."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    values = [frame.f_locals.get("node") for frame in reversed(frames)]
-    return next((value for value in values if isinstance(value, torch.fx.Node)), None)
+    """The node of the graph on which NNI worked when it raised an error.
+
+    The functions of NNI have it in their local variable `node`.
+    """
+    found = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):  # from the outermost call inwards
+        value = frame.f_locals.get("node")
+        if isinstance(value, torch.fx.Node):
+            found = value
+    return found
 
 
 def name_of(node: torch.fx.Node | None) -> str:
@@ -685,9 +754,9 @@ def name_of(node: torch.fx.Node | None) -> str:
     return f"layer {node.target}" if node.op == "call_module" else f"`{node.name}` in forward"
 
 
-def advice(node: torch.fx.Node | None, layers: dict[str, nn.Module]) -> str:
+def advice(node: torch.fx.Node | None, modules: dict[str, nn.Module]) -> str:
     """What the user can do about a node that cannot lose channels."""
-    names = feeding(node, layers) if node else []
+    names = layers_before(node, modules) if node else []
     if not names:
         return "name blocks in keep, or try Torch-Pruning"
     return f"name the layers before it in keep: {', '.join(names)}"
@@ -696,8 +765,8 @@ def advice(node: torch.fx.Node | None, layers: dict[str, nn.Module]) -> str:
 class WithRemovedChannelsZero(torch.fx.Interpreter):
     """Runs the original network with the channels that NNI removes set to zero.
 
-    NNI removes channels from the inputs and the outputs of layers. `masks` has NNI's mask for the
-    output of each node of the graph.
+    These are the removed input channels before a layer, and the removed output channels after it.
+    `masks` are NNI's: each has the shape of its node's output, and is 0 where NNI removes.
     """
 
     def __init__(self, traced: torch.fx.GraphModule, masks: dict[torch.fx.Node, Tensor]) -> None:
@@ -709,11 +778,12 @@ class WithRemovedChannelsZero(torch.fx.Interpreter):
         if not isinstance(layer, NARROWABLE) or not node.args:
             return super().run_node(node)
         axis = -1 if isinstance(layer, nn.Linear) else 1
-        (value, *others), options = self.fetch_args_kwargs_from_env(node)
-        output = layer(self.without_removed(value, node.args[0], axis), *others, **options)
-        return self.without_removed(output, node, axis)
+        arguments, options = self.fetch_args_kwargs_from_env(node)
+        value = self.with_zeros(arguments[0], node.args[0], axis)
+        output = layer(value, *arguments[1:], **options)
+        return self.with_zeros(output, node, axis)
 
-    def without_removed(self, value: Tensor, node: torch.fx.Node, axis: int) -> Tensor:
+    def with_zeros(self, value: Tensor, node: torch.fx.Node, axis: int) -> Tensor:
         remaining = remaining_channels(self.masks[node], axis)
         return (value.movedim(axis, -1) * remaining).movedim(-1, axis)
 
@@ -724,38 +794,46 @@ def remaining_channels(mask: Tensor, axis: int) -> Tensor:
 
 
 @torch.no_grad()
-def check_pruned(compact, traced, layers, masks: dict, inputs, dtype: torch.dtype) -> None:
+def check_pruned(compact, traced, modules, masks: dict, inputs, dtype: torch.dtype) -> None:
     """Raise ExperimentError unless the copy computes what the network computes without channels.
 
     Both compute in float64, or in `dtype` if the network's own code needs that.
     """
     original = WithRemovedChannelsZero(traced, masks)
-    precision = 1e-6
     try:
         traced.double()
-        in_double = converted(inputs, torch.float64)
-        expected = tree_leaves(original.run(*in_double))
-        inputs = in_double
+        expected = original.run(*converted(inputs, torch.float64))
         compact.double()
-    except RuntimeError:  # the network's own code cannot compute in float64
-        precision = 1e-4
+        dtype = torch.float64
+        tolerance = 1e-6
+    except Exception:  # the network's own code cannot compute in float64
         traced.to(dtype)
-        expected = tree_leaves(original.run(*inputs))
+        expected = original.run(*converted(inputs, dtype))
         compact.to(dtype)
+        tolerance = 1e-4
     try:
-        outputs = tree_leaves(compact(*inputs))
-        pairs = zip(outputs, expected, strict=False)
-        if len(outputs) == len(expected) and all(equal(*pair, precision) for pair in pairs):
+        output = compact(*converted(inputs, dtype))
+        if all_equal(output, expected, tolerance):
             return
         cause = "computes other values"
     except Exception as error:  # the network's own code can raise anything
         cause = f"fails ({one_line(error)})"
-    node = first_difference(compact, original, inputs, precision)
+    node = first_difference(compact, original, inputs, dtype, tolerance)
     message = f"with fewer channels, {name_of(node)} {cause}"
-    raise ExperimentError(f"{message}; {advice(node, layers)}")
+    raise ExperimentError(f"{message}; {advice(node, modules)}")
 
 
-def equal(value, wanted, precision: float) -> bool:
+def all_equal(output, expected, tolerance: float) -> bool:
+    """Whether two outputs, which can be tuples or dictionaries, hold equal values."""
+    values = tree_leaves(output)
+    expected_values = tree_leaves(expected)
+    if len(values) != len(expected_values):
+        return False
+    pairs = zip(values, expected_values, strict=True)
+    return all(equal(value, wanted, tolerance) for value, wanted in pairs)
+
+
+def equal(value, wanted, tolerance: float) -> bool:
     """Whether two values are equal; tensors, up to a share of the largest number."""
     if not isinstance(wanted, Tensor):
         return value == wanted
@@ -764,29 +842,37 @@ def equal(value, wanted, precision: float) -> bool:
     if wanted.numel() == 0:
         return True
     difference = (value.double() - wanted.double()).abs().max()
-    return bool(difference <= precision * wanted.double().abs().max())
+    return bool(difference <= tolerance * wanted.double().abs().max())
 
 
-def first_difference(compact, original, inputs, precision: float) -> torch.fx.Node:
+def first_difference(compact, original, inputs, dtype, tolerance: float) -> torch.fx.Node:
     """The first node of the graph where the pruned copy fails or computes other values."""
     original.garbage_collect_values = False  # so that env keeps the values of all nodes
-    original.run(*inputs)
-    copy_run = torch.fx.Interpreter(compact, garbage_collect_values=False, graph=original.graph)
+    original.run(*converted(inputs, dtype))
+    # The layers of the copy, along the graph of the original.
+    pruned = torch.fx.Interpreter(compact, garbage_collect_values=False, graph=original.graph)
     with contextlib.suppress(Exception):  # a node where it fails has no value
-        copy_run.run(*inputs)
+        pruned.run(*converted(inputs, dtype))
     for node in original.graph.nodes:
         wanted = original.env[node]
-        value = copy_run.env.get(node)
-        mask = original.masks[node]
-        if isinstance(wanted, Tensor) and isinstance(value, Tensor) and isinstance(mask, Tensor):
-            # Without the channels that the copy lost, the shapes are equal.
-            for axis in range(min(wanted.dim(), value.dim())):
-                if value.shape[axis] != wanted.shape[axis]:
-                    remaining = remaining_channels(mask, axis)
-                    wanted = wanted.movedim(axis, 0)[remaining].movedim(0, axis)
-        if isinstance(wanted, Tensor) and not equal(value, wanted, precision):
-            return node
-    return node  # the output
+        value = pruned.env.get(node)
+        if isinstance(wanted, Tensor):
+            if isinstance(value, Tensor):
+                wanted = without_removed(wanted, value.shape, original.masks[node])
+            if not equal(value, wanted, tolerance):
+                return node
+    return output_node(original)
+
+
+def without_removed(wanted: Tensor, shape: torch.Size, mask) -> Tensor:
+    """What the mask leaves of a value, along each axis that is shorter in `shape`."""
+    if not isinstance(mask, Tensor):
+        return wanted
+    for axis in range(min(wanted.dim(), len(shape))):
+        if shape[axis] != wanted.shape[axis]:
+            remaining = remaining_channels(mask, axis)
+            wanted = wanted.movedim(axis, 0)[remaining].movedim(0, axis)
+    return wanted
 
 
 # -------------------------------------------------------------------------------- results
@@ -835,7 +921,8 @@ def as_frame(rows: list[dict]):
             raise ValueError(f"seed {seed} has no baseline")
         if models["baseline_id"].nunique() > 1:
             raise ValueError(f"the runs differ: seed {seed} has different baselines")
-    # Each trial of a sweep evaluates the baseline that they share: one of these rows is enough.
+    # The trials of an NNI experiment start from one baseline, and each of them evaluates it. One of
+    # these rows is enough.
     baselines = frame[is_baseline].drop_duplicates("seed")
     others = frame[~is_baseline].drop_duplicates(["name", "seed", "accuracy"])
     repeated = others[others.duplicated(["name", "seed"])]
@@ -893,20 +980,24 @@ def claims_to_test(frame) -> list[tuple[str, str, str, float]]:
     """
     pruned = frame[frame["kind"] == "pruned"]
     references = list(frame[frame["kind"] == "trained_on"]["name"].unique())
-    if not seeds_share_a_baseline(frame):  # one baseline cannot tell how far baselines differ
+    if not seeds_share_a_baseline(frame):  # one baseline cannot show how baselines differ
         references.insert(0, "baseline")
     claims = []
     for sparsity, models in pruned.groupby("sparsity"):
         names = list(models["name"].unique())
-        same_size = frame[(frame["kind"] == "scratch") & (frame["sparsity"] == sparsity)]
+        scratch_models = frame[(frame["kind"] == "scratch") & (frame["sparsity"] == sparsity)]
         for name in names:
+            # Does accuracy hold?
             for reference in references:
                 text = f"{name} is less than {TOLERANCE:.2f} pp below {reference}"
                 claims.append((text, name, reference, TOLERANCE))
-            for scratch in same_size["name"].unique():
+            # Is pruning better than training a network of this size from random weights?
+            for scratch in scratch_models["name"].unique():
                 claims.append((f"{name} is better than {scratch}", name, scratch, 0.0))
-        for other in names[1:]:
-            claims.append((f"{other} is better than {names[0]}", other, names[0], 0.0))
+        # Is one pruner better than the other?
+        first = names[0]
+        for name in names[1:]:
+            claims.append((f"{name} is better than {first}", name, first, 0.0))
     return claims
 
 
@@ -922,7 +1013,8 @@ def verdicts(frame) -> list[dict]:
     accuracy = frame.pivot(index="seed", columns="name", values="accuracy")
     results = []
     for claim, name, reference, tolerance in claims_to_test(frame):
-        differences = (accuracy[name] - accuracy[reference]).dropna().round(6)
+        differences = (accuracy[name] - accuracy[reference]).dropna()
+        differences = differences.round(6)  # without the errors of float, equal ones are equal
         seeds = len(differences)
         if seeds < 2:
             continue
@@ -936,14 +1028,21 @@ def verdicts(frame) -> list[dict]:
                 answer = "yes"
             elif high < -tolerance:
                 answer = "no"
-        verdict = {"claim": claim, "answer": answer, "difference": mean, "low": low, "high": high}
-        results.append({**verdict, "seeds": seeds})
+        verdict = {
+            "claim": claim,
+            "answer": answer,
+            "difference": mean,
+            "low": low,
+            "high": high,
+            "seeds": seeds,
+        }
+        results.append(verdict)
     return results
 
 
 # --------------------------------------------------------------------------------- report
 def mean_and_deviation(values, digits: int) -> str:
-    """Mean ± standard deviation; of one value, the value; of no value, nothing."""
+    """Mean ± standard deviation; of one value, the value; of no value, an empty string."""
     numbers = (values.mean(), values.std())
     return " ± ".join(f"{number:.{digits}f}" for number in numbers if not math.isnan(number))
 
@@ -954,21 +1053,21 @@ def results_table(frame) -> str:
 
     baselines = frame[frame["kind"] == "baseline"].set_index("seed")
     lines = []
-    for name, rows in frame.set_index("seed").groupby("name", sort=False):
-        baseline_rows = baselines.loc[rows.index]  # of the same seeds
-        gain = (rows["accuracy"] - baseline_rows["accuracy"]).mean()
-        parameters = rows["parameters"].iloc[0]
-        fewer = baseline_rows["parameters"].iloc[0] / parameters
-        faster = baseline_rows["training_seconds"].mean() / rows["training_seconds"].mean()
+    for name, model in frame.set_index("seed").groupby("name", sort=False):
+        baseline = baselines.loc[model.index]  # of the same seeds
+        gain = (model["accuracy"] - baseline["accuracy"]).mean()
+        parameters = model["parameters"].iloc[0]
+        fewer = baseline["parameters"].iloc[0] / parameters
+        faster = baseline["training_seconds"].mean() / model["training_seconds"].mean()
         line = {
             "model": name,
-            "before\ntuning, %": mean_and_deviation(rows["accuracy_before"], 2),
-            "accuracy\n%": mean_and_deviation(rows["accuracy"], 2),
+            "before\ntuning, %": mean_and_deviation(model["accuracy_before"], 2),
+            "accuracy\n%": mean_and_deviation(model["accuracy"], 2),
             "pp to\nbaseline": f"{gain:+.2f}",
             "parameters": f"{parameters:,}",
             "times\nfewer": f"{fewer:.1f}x",
-            "MACs per\nimage": f"{rows['macs'].iloc[0]:,}",
-            "training\ntime, s": mean_and_deviation(rows["training_seconds"], 1),
+            "MACs per\nimage": f"{model['macs'].iloc[0]:,}",
+            "training\ntime, s": mean_and_deviation(model["training_seconds"], 1),
             "times\nfaster": "" if math.isnan(faster) else f"{faster:.1f}x",
         }
         lines.append(line)
@@ -1021,41 +1120,41 @@ def draw(frame, path: Path) -> None:
     """Draw each model's accuracies and training time, next to the baseline's, as a PNG file."""
     from matplotlib.figure import Figure  # pyplot would look for a screen
 
-    groups = [rows for _, rows in frame.groupby("name", sort=False)]
-    groups.sort(key=lambda rows: -rows["parameters"].iloc[0])  # equal sizes stay in order
-    figure = Figure(figsize=(9, 0.8 + 0.45 * len(groups)), dpi=160, layout="constrained")
+    models = [model for _, model in frame.groupby("name", sort=False)]
+    models.sort(key=lambda model: -model["parameters"].iloc[0])  # equal sizes stay in order
+    figure = Figure(figsize=(9, 0.8 + 0.45 * len(models)), dpi=160, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
 
     baselines = frame[frame["kind"] == "baseline"].set_index("seed")
     baseline_accuracy = baselines["accuracy"].mean()
     left.axvspan(baseline_accuracy - TOLERANCE, baseline_accuracy, color="#e8e8e8")
     labels = []
-    for position, rows in enumerate(groups):
-        first_row = rows.iloc[0]
+    for position, model in enumerate(models):
+        first_row = model.iloc[0]
         color = COLORS.get(first_row["pruner"], "#595959")  # grey: not pruned
         labels.append(f"{first_row['name']}\n{first_row['parameters']:,} parameters")
 
-        accuracy = rows["accuracy"]
+        accuracy = model["accuracy"]
         deviation = accuracy.std() if len(accuracy) > 1 else None
         left.plot(accuracy, [position] * len(accuracy), "o", color=color, alpha=0.35)
         left.errorbar(accuracy.mean(), position, xerr=deviation, fmt="D", color=color, capsize=4)
 
         earlier_seconds = 0.0
         if first_row["kind"] in ("pruned", "trained_on"):  # the baseline was trained before it
-            earlier_seconds = baselines["training_seconds"].loc[rows["seed"]].fillna(0).mean()
-        seconds = rows["training_seconds"].fillna(0).mean()
+            earlier_seconds = baselines["training_seconds"].loc[model["seed"]].fillna(0).mean()
+        seconds = model["training_seconds"].fillna(0).mean()
         right.barh(position, earlier_seconds, color="#cccccc")
         right.barh(position, seconds, left=earlier_seconds, color=color)
         total = earlier_seconds + seconds
         right.text(total, position, f" {total:.1f} s", verticalalignment="center")
-    left.set_yticks(range(len(groups)), labels)
+    left.set_yticks(range(len(models)), labels)
     left.invert_yaxis()
     left.set_xlabel(f"test accuracy, %\ngrey band: at most {TOLERANCE} points below the baseline")
     right.set_xlabel("training, s\nlight grey: the baseline's, before it")
     right.margins(x=0.2)  # room for the seconds
 
     file = io.BytesIO()
-    figure.savefig(file)
+    figure.savefig(file, format="png")
     write(path, file.getvalue())
 
 
@@ -1086,23 +1185,22 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     option = parser.add_argument
-    default = "(default: %(default)s)"
-    several = {"nargs": "+"}
-    option("--data-dir", type=Path, default="data", help=f"of MNIST; it is downloaded {default}")
+    shown = "(default: %(default)s)"
+    option("--data-dir", type=Path, default="data", help=f"MNIST's folder {shown}")
     option("--dataset", choices=("mnist", "digits"), help="default: mnist; digits if it is missing")
-    option("--checkpoint-dir", type=Path, default="checkpoints", help=f"for all results {default}")
+    option("--checkpoint-dir", type=Path, default="checkpoints", help=f"for all results {shown}")
     option("--epochs", type=int, help=f"of the baseline (default: {EPOCHS})")
     option("--finetune-epochs", type=int, help="of each pruned model (default: like --epochs)")
     option("--batch-size", type=int, help=f"in images (default: {BATCH_SIZE})")
-    option("--lr", type=float, default=LEARNING_RATE, help=f"peak learning rate {default}")
-    option("--sparsity", type=float, default=SPARSITIES, help=f"of channels {default}", **several)
-    option("--pruner", choices=PRUNERS, default=PRUNERS, help=f"to compare {default}", **several)
+    option("--lr", type=float, default=LEARNING_RATE, help=f"peak learning rate {shown}")
+    option("--sparsity", type=float, nargs="+", default=SPARSITIES, help=f"of channels {shown}")
+    option("--pruner", nargs="+", choices=PRUNERS, default=PRUNERS, help=f"to compare {shown}")
     option("--subset", type=int, metavar="N", help="use only N training and N/6 test images")
-    option("--seeds", "--seed", type=int, default=[0], help=f"a run for each {default}", **several)
-    option("--controls", action="store_true", help="train the baseline on, and small new networks")
-    option("--device", choices=("cpu", "auto", "cuda", "mps"), default="cpu", help=default)
+    option("--seeds", "--seed", type=int, nargs="+", default=[0], help=f"a run for each {shown}")
+    option("--controls", action="store_true", help="add models to compare with: see the README")
+    option("--device", choices=("cpu", "auto", "cuda", "mps"), default="cpu", help=shown)
     option("--baseline", type=Path, metavar="PTH", help="a saved baseline to start from")
-    option("--report", type=Path, metavar="JSON", help="only show earlier results", **several)
+    option("--report", type=Path, nargs="+", metavar="JSON", help="only show earlier results")
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     is_trial = "NNI_PLATFORM" in os.environ
@@ -1160,12 +1258,16 @@ def prepare_run(args: argparse.Namespace) -> Run:
     """Choose the device, load the data and resolve the options that depend on the data."""
     device = select_device(args.device)
     dataset, training, testing = load_data(args.dataset, args.data_dir, args.subset)
+    train_images = len(training[1])
     epochs = args.epochs or EPOCHS[dataset]
+    baseline_epochs = epochs
+    if args.baseline:
+        baseline_epochs = epochs_of(args.baseline, dataset, train_images)
     settings = Settings(
         dataset=dataset,
-        train_images=len(training[1]),
+        train_images=train_images,
         test_images=len(testing[1]),
-        baseline_epochs=epochs_of(args.baseline, dataset) if args.baseline else epochs,
+        baseline_epochs=baseline_epochs,
         finetune_epochs=args.finetune_epochs or epochs,
         batch_size=args.batch_size or BATCH_SIZE[dataset],
         lr=args.lr,
@@ -1175,11 +1277,15 @@ def prepare_run(args: argparse.Namespace) -> Run:
     return Run(device, training, testing, settings)
 
 
-def epochs_of(path: Path, dataset: str) -> int:
-    """The epochs of a saved baseline. Raises ExperimentError if it is not one for this dataset."""
+def epochs_of(path: Path, dataset: str, train_images: int) -> int:
+    """The epochs of a saved baseline. Raises ExperimentError if it was trained on other data."""
     about = load_model(path).about
-    if about.get("name") != "baseline" or about.get("dataset") != dataset:
-        raise ExperimentError(f"{path} is not a baseline that this script trained on {dataset}")
+    expected = {"name": "baseline", "dataset": dataset, "train_images": train_images}
+    if not expected.items() <= about.items():
+        raise ExperimentError(
+            f"{path} is not a baseline that this script trained on {train_images:,} images of"
+            f" {dataset}; --dataset and --subset must be those of its training"
+        )
     return about["epochs"]
 
 
@@ -1215,30 +1321,37 @@ def describe(run: Run, args: argparse.Namespace) -> dict:
     return {"heading": heading, "settings": used, "python": sys.version, "versions": versions}
 
 
-def new_row(run: Run, model: CNN, name: str, kind: str, seed: int, epochs: int, **known) -> dict:
-    """A row of the results before the training; what is neither given nor `known` is None.
+def new_row(
+    run: Run, model: CNN, *, name, kind, seed, epochs, pruner=None, sparsity=None, baseline_id=None
+) -> dict:
+    """A row of the results before the training; what is not known yet is None.
 
     `kind` is "baseline", "pruned", "trained_on" (the baseline, trained for more epochs) or
-    "scratch" (a compact network from random weights). `epochs` leaves out earlier training.
+    "scratch" (a compact network from random weights). `epochs` are those of this training alone.
     """
     return {
         "name": name,
         "kind": kind,
         "seed": seed,
         "epochs": epochs,
-        "pruner": None,
-        "sparsity": None,
+        "pruner": pruner,
+        "sparsity": sparsity,
         "widths": list(model.widths),
         "parameters": count_parameters(model),
         "macs": count_macs(model),
-        **dict.fromkeys(("accuracy_before", "accuracy", "training_seconds", "baseline_id")),
+        "accuracy_before": None,
+        "accuracy": None,
+        "training_seconds": None,
+        "baseline_id": baseline_id,
         **asdict(run.settings),
-        **known,
     }
 
 
-def train_evaluate_save(run: Run, model: CNN, row: dict, path: Path, after_epoch=None) -> None:
-    """Train a model for the epochs in its row, fill in the row's results, and save both."""
+def train_evaluate_save(run: Run, model: CNN, row: dict, folder: Path, after_epoch=None) -> None:
+    """Train a model for the epochs in its row, fill in the row's results, and save both.
+
+    The file is called like the row: "baseline.pth", for example.
+    """
     model.to(run.device, memory_format=torch.channels_last)  # the faster layout
     row["training_seconds"] = train(
         model,
@@ -1253,31 +1366,45 @@ def train_evaluate_save(run: Run, model: CNN, row: dict, path: Path, after_epoch
     row["accuracy"] = evaluate(model, *run.testing)
     if row["kind"] == "baseline":
         row["baseline_id"] = fingerprint(model)
-    save_model(path, model, row)
+    save_model(folder / f"{row['name']}.pth", model, row)
 
 
 def train_controls(run, baseline_path, models_dir, widths_by_sparsity: dict, seed, baseline_id):
-    """Train what the pruned models are compared with, and yield a row for each.
+    """Train what the pruned models are compared with; yield each row when its model is saved.
 
     These are the baseline, trained for as many more epochs as a pruned model, and networks as
     narrow as the pruned models, but from random weights.
     """
     epochs = run.settings.finetune_epochs
-    name = f"baseline_{epochs}_more_epochs"
     model = load_model(baseline_path)
-    row = new_row(run, model, name, "trained_on", seed, epochs, baseline_id=baseline_id)
-    train_evaluate_save(run, model, row, models_dir / f"{name}.pth")
+    row = new_row(
+        run,
+        model,
+        name=f"baseline_{epochs}_more_epochs",
+        kind="trained_on",
+        seed=seed,
+        epochs=epochs,
+        baseline_id=baseline_id,
+    )
+    train_evaluate_save(run, model, row, models_dir)
     yield row
 
     # Train as long as the baseline and the fine-tuning together, and as the fine-tuning alone.
     lengths = (run.settings.baseline_epochs + epochs, epochs)
     for sparsity, length in product(widths_by_sparsity, lengths):
-        name = f"scratch_{sparsity}_{length}_epochs"
         torch.manual_seed(seed)
         model = CNN(widths_by_sparsity[sparsity])
-        known = {"sparsity": sparsity, "baseline_id": baseline_id}
-        row = new_row(run, model, name, "scratch", seed, length, **known)
-        train_evaluate_save(run, model, row, models_dir / f"{name}.pth")
+        row = new_row(
+            run,
+            model,
+            name=f"scratch_{sparsity}_{length}_epochs",
+            kind="scratch",
+            seed=seed,
+            epochs=length,
+            sparsity=sparsity,
+            baseline_id=baseline_id,
+        )
+        train_evaluate_save(run, model, row, models_dir)
         yield row
 
 
@@ -1308,8 +1435,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     description = describe(run, args)
     heading = description["heading"]
     picture = folder / "results.png"
-    # An NNI assessor may stop a trial early by these accuracies. They are of training images: the
-    # test images must not decide anything.
+    # An NNI assessor may stop a trial early by these accuracies. They are accuracies on training
+    # images: the test images must not decide anything.
     after_epoch = nni.report_intermediate_result if args.is_trial else None
 
     rows = []
@@ -1319,16 +1446,17 @@ def main(argv: list[str] | None = None) -> list[dict]:
             models_dir = folder if seed == args.seeds[0] else folder / f"seed_{seed}"
 
             # 1. Train the baseline and save it. If one is given, only evaluate it.
-            torch.manual_seed(seed)
             baseline_path = args.baseline or models_dir / "baseline.pth"
+            torch.manual_seed(seed)
             baseline = load_model(baseline_path) if args.baseline else CNN()
-            row = new_row(run, baseline, "baseline", "baseline", seed, run.settings.baseline_epochs)
+            epochs = run.settings.baseline_epochs
+            row = new_row(run, baseline, name="baseline", kind="baseline", seed=seed, epochs=epochs)
             if args.baseline:
                 baseline.to(run.device, memory_format=torch.channels_last)
                 row["accuracy"] = evaluate(baseline, *run.testing)
                 row["baseline_id"] = fingerprint(baseline)
             else:
-                train_evaluate_save(run, baseline, row, baseline_path)
+                train_evaluate_save(run, baseline, row, models_dir)
             baseline_id = row["baseline_id"]
             rows.append(row)
             write_results(folder, description, rows)
@@ -1344,12 +1472,19 @@ def main(argv: list[str] | None = None) -> list[dict]:
                 model.to(run.device, memory_format=torch.channels_last)
                 widths_by_sparsity[sparsity] = model.widths
 
-                name = f"{pruner}_{sparsity}"
-                epochs = run.settings.finetune_epochs
-                known = {"pruner": pruner, "sparsity": sparsity, "baseline_id": baseline_id}
-                row = new_row(run, model, name, "pruned", seed, epochs, **known)
+                row = new_row(
+                    run,
+                    model,
+                    name=f"{pruner}_{sparsity}",
+                    kind="pruned",
+                    seed=seed,
+                    epochs=run.settings.finetune_epochs,
+                    pruner=pruner,
+                    sparsity=sparsity,
+                    baseline_id=baseline_id,
+                )
                 row["accuracy_before"] = evaluate(model, *run.testing)
-                train_evaluate_save(run, model, row, models_dir / f"{name}.pth", after_epoch)
+                train_evaluate_save(run, model, row, models_dir, after_epoch)
                 rows.append(row)
                 write_results(folder, description, rows)
 

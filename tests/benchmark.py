@@ -69,7 +69,7 @@ def new_model(sparsity: float, device: torch.device) -> script.CNN:
 
 def inference(model: script.CNN, images: torch.Tensor) -> float:
     """Seconds to classify all images, in float32."""
-    batches = script.normalised(images).split(1000)
+    batches = script.normalize(images).split(1000)
     model.eval()
     with torch.inference_mode():
         model(batches[0])

@@ -1,6 +1,6 @@
 """Sweeps, for real: the README's YAML, NNI's own manager and trials, machines over SSH.
 
-Each has a free port and a HOME of its own: it meets no experiment of whoever runs the tests.
+Each has a free port and its own HOME, so that it cannot touch the user's own experiments.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import re
 import shlex
 import shutil
 import signal
+import site
 import subprocess
 import sys
 import time
@@ -26,7 +27,7 @@ import yaml
 from packaging.version import Version
 
 import NNI_Pruning as script
-from conftest import ROOT, SCRIPT, TIMEOUT, python
+from conftest import ROOT, SCRIPT, TIMEOUT, run_python
 
 BIN = Path(sys.executable).parent
 BASH = shutil.which("bash")
@@ -51,7 +52,7 @@ def readme_yaml(platform: str) -> dict:
 
 
 def until(condition, seconds: float = TIMEOUT):
-    """What `condition` gives, once it is true."""
+    """Wait until `condition()` is true, and return its value."""
     end = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < end, f"waited {seconds} s in vain"
@@ -64,7 +65,7 @@ def free_port() -> int:
 
     It is below those that a system hands out itself.
     """
-    return random.randrange(20_000, 32_000, 2)
+    return random.SystemRandom().randrange(20_000, 32_000, 2)
 
 
 def processes_with(name: str, value: str) -> list[psutil.Process]:
@@ -78,9 +79,10 @@ def processes_with(name: str, value: str) -> list[psutil.Process]:
 
 
 def sweep(config: dict, folder: Path, data_dir: Path, meanwhile=lambda: None) -> dict[str, str]:
-    """The README's way from the baseline to `nnictl stop`: the status of each trial by its id.
+    """Do what the README says, from the baseline to `nnictl stop`.
 
-    `meanwhile` is called once the experiment runs. However this ends, no process is left.
+    Returns the status of each trial by its id. `meanwhile` is called once the experiment runs. No
+    process is left, whatever happens.
     """
     if sys.version_info >= (3, 14) and Version(version("typeguard")) < Version("4.1.3"):
         pytest.skip("nnictl needs a newer typeguard here: see the README")
@@ -90,16 +92,22 @@ def sweep(config: dict, folder: Path, data_dir: Path, meanwhile=lambda: None) ->
     for name in ("NNI_Pruning.py", ".nniignore"):
         shutil.copy(ROOT / name, code)
     first = f"{SMALL} --epochs 1 --sparsity 0.5 --pruner L1NormPruner".split()
-    python(code, SCRIPT, "--data-dir", data_dir, *first).check_returncode()
-    # The README's but for its size.
+    run_python(code, SCRIPT, "--data-dir", data_dir, *first).check_returncode()
+    # The README's command, with options that make it small.
     options = f"--data-dir {shlex.quote(str(data_dir))} {SMALL} --finetune-epochs 1"
     command = config["trialCommand"].replace("NNI_Pruning.py", f"NNI_Pruning.py {options}")
-    config["trialCommand"] = command
+    config["trialCommand"] = command.replace("python ", f"{shlex.quote(sys.executable)} ", 1)
     (code / "sweep.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    own = {"HOME": f"{folder}/home", "PATH": f"{BIN}:{os.environ['PATH']}", "no_proxy": "*"}
+    variables = {
+        "HOME": f"{folder}/home",
+        "NNI_CONFIG_DIR": f"{folder}/home",  # not in the environment of Python
+        "PYTHONUSERBASE": site.getuserbase(),  # which would move with HOME
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "no_proxy": "*",
+    }
 
     def nnictl(command: str) -> int:
-        return subprocess.call(["nnictl", *command.split()], env=os.environ | own, cwd=code)
+        return subprocess.call(["nnictl", *command.split()], env=os.environ | variables, cwd=code)
 
     session = requests.Session()
     session.trust_env = False  # no proxy between this machine and itself
@@ -127,8 +135,8 @@ def sweep(config: dict, folder: Path, data_dir: Path, meanwhile=lambda: None) ->
     return statuses
 
 
-def check(folder: Path, statuses: dict[str, str]) -> None:
-    """One trial for each pair; all succeeded; NNI exported what each found itself and saved."""
+def assert_all_succeeded_and_were_exported(folder: Path, statuses: dict[str, str]) -> None:
+    """One trial for each pruner and sparsity, and NNI exported the results that each has saved."""
     assert list(statuses.values()) == ["SUCCEEDED"] * 4
     with (folder / "code" / "sweep.csv").open(newline="", encoding="utf-8") as file:
         exported = {row["trialJobId"]: row for row in csv.DictReader(file)}
@@ -150,7 +158,9 @@ def check(folder: Path, statuses: dict[str, str]) -> None:
 @pytest.mark.slow
 @needs_nnictl
 def test_local_sweep(data_dir, tmp_path, capsys):
-    check(tmp_path, sweep(readme_yaml("local"), tmp_path, data_dir))
+    assert_all_succeeded_and_were_exported(
+        tmp_path, sweep(readme_yaml("local"), tmp_path, data_dir)
+    )
     assert "\nFPGMPruner_0.75 " in capsys.readouterr().out
 
 
@@ -162,10 +172,14 @@ def test_killed_trial_is_shown_as_failed(data_dir, tmp_path):
         checkpoints = tmp_path / "code" / "checkpoints"
         trials = until(lambda: [path.name for path in checkpoints.iterdir() if path.is_dir()])
         for process in processes_with("NNI_TRIAL_JOB_ID", trials[0]):
-            if process.cmdline()[1:2] == ["NNI_Pruning.py"]:  # and not its shell
-                process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.cmdline()[1:2] == ["NNI_Pruning.py"]:  # and not its shell
+                    process.kill()
 
     config = readme_yaml("local") | {"maxTrialNumber": 2}
+    # Long enough to be killed before it ends: of an option given twice, the last counts.
+    longer = "NNI_Pruning.py --finetune-epochs 20"
+    config["trialCommand"] = config["trialCommand"].replace("NNI_Pruning.py", longer)
     config["searchSpace"]["sparsity"]["_value"] = [0.5]
     statuses = sweep(config, tmp_path, data_dir, kill_one)
     assert sorted(statuses.values()) == ["FAILED", "SUCCEEDED"]
@@ -173,22 +187,30 @@ def test_killed_trial_is_shown_as_failed(data_dir, tmp_path):
 
 @contextlib.contextmanager
 def machine(home: Path):
-    """An SSH server of its own; gives the entry of NNI's machineList that reaches it."""
+    """Start an SSH server; yields the entry of NNI's machineList that reaches it."""
     home.mkdir()
     key = home / "key"  # of the server and of the user
     port = free_port()
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
     if os.geteuid() == 0:
         Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # which init makes elsewhere
-    # StrictModes: others may write above our folder. PIP_*: NNI would install itself and its
-    # typeguard anew, from an index; for users of Python 3.14 the README sets no-deps.
-    command = (
-        f"{SSHD} -De -f /dev/null -h {key} -o AuthorizedKeysFile={key}.pub -o StrictModes=no"
-        f" -o ListenAddress=127.0.0.1:{port} -o PidFile=none -o Subsystem=sftp\tinternal-sftp"
-        f" -o SetEnv=HOME={home}\tPIP_NO_INDEX=1\tPIP_NO_DEPS=1"
-    )
+    # NNI would install itself and its old typeguard on the machine. Without an index and without
+    # dependencies, pip does nothing. (On Python 3.14, the README sets no-deps.)
+    variables = [f'"HOME={home}"', "PIP_NO_INDEX=1", "PIP_NO_DEPS=1"]
+    variables.append(f'"PYTHONUSERBASE={site.getuserbase()}"')
+    options = [
+        f'AuthorizedKeysFile="{key}.pub"',
+        "StrictModes=no",  # others may write to a folder above ours
+        f"ListenAddress=127.0.0.1:{port}",
+        "PidFile=none",
+        "Subsystem=sftp internal-sftp",
+        f"SetEnv={' '.join(variables)}",
+    ]
+    command = [SSHD, "-D", "-e", "-f", "/dev/null", "-h", str(key)]
+    for option in options:
+        command += ["-o", option]
     pipes = {"stderr": subprocess.PIPE, "encoding": "utf-8"}
-    server = subprocess.Popen(command.split(" "), **pipes)
+    server = subprocess.Popen(command, **pipes)
     try:
         line = server.stderr.readline()
         assert "listening" in line, line
@@ -204,18 +226,19 @@ def machine(home: Path):
 @pytest.mark.skipif(SSHD is None, reason="sshd (Debian's openssh-server) is not installed")
 def test_sweep_over_ssh(data_dir, tmp_path):
     # HOME of both machines is in the sweep's folder: a process left there would be found.
-    config, homes = readme_yaml("remote"), [tmp_path / "machine1", tmp_path / "machine2"]
+    homes = [tmp_path / "machine1", tmp_path / "machine2"]
+    config = readme_yaml("remote")
     config["nniManagerIp"] = "127.0.0.1"
-    machines = config["trainingService"]["machineList"]
-    assert len(machines) == 2
-    with machine(homes[0]) as machines[0], machine(homes[1]) as machines[1]:
-        check(tmp_path, sweep(config, tmp_path, data_dir))
+    assert len(config["trainingService"]["machineList"]) == 2
+    with machine(homes[0]) as first, machine(homes[1]) as second:
+        config["trainingService"]["machineList"] = [first, second]
+        assert_all_succeeded_and_were_exported(tmp_path, sweep(config, tmp_path, data_dir))
     for home in homes:
         assert len([*home.rglob("checkpoints/*/results.json")]) == 2
         (code,) = home.rglob("upload/trial_code")
         copied = {path.name for path in (*code.iterdir(), *code.glob("checkpoints/*.*"))}
-        ours = ".nniignore NNI_Pruning.py baseline.pth checkpoints sweep.yml"
-        assert sorted(copied) == ours.split()
+        expected = ".nniignore NNI_Pruning.py baseline.pth checkpoints sweep.yml"
+        assert sorted(copied) == expected.split()
 
 
 def test_kubernetes_yaml_is_valid(tmp_path, monkeypatch):
@@ -241,12 +264,12 @@ def test_cancelled_trial_ends(tmp_path):
     # Were Ctrl-C ignored by whatever started pytest, the shell would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     shell = psutil.Popen([BASH, "-c", command], cwd=tmp_path)
-    (python,) = until(shell.children)
-    until(lambda: "NNI_Pruning.py" in python.cmdline())  # no more a copy of the shell
+    (child,) = until(shell.children)
+    until(lambda: "NNI_Pruning.py" in child.cmdline())  # no longer a copy of the shell
     time.sleep(0.5)  # for the shell to go on from starting it to waiting for it
     shell.send_signal(signal.SIGINT)
     assert shell.wait(TIMEOUT) == -2  # dead of it: an exit status would be a trial that failed
-    python.wait(60)
+    child.wait(60)
 
 
 @pytest.fixture
@@ -286,15 +309,15 @@ def test_unfit_parameters_are_named(parse_in_trial, capsys, given, named):
 
 
 def test_what_a_trial_reports(data_dir, tmp_path):
-    """By NNI's channel for machines that it uses again and again: a file each way, no manager."""
+    """Without NNI's manager: parameters come from parameter.cfg, metrics go to .nni/metrics."""
     given = {"pruner": "FPGMPruner", "sparsity": 0.75, "finetune_epochs": 2}
     file = tmp_path / "parameter.cfg"
     file.write_text(json.dumps({"parameter_id": 0, "parameters": given}), encoding="utf-8")
     names = {"PLATFORM": "local", "TRIAL_JOB_ID": "one", "SYS_DIR": ".", "OUTPUT_DIR": "."}
     trial = {f"NNI_{name}": value for name, value in names.items()}
-    # A prime number: no share of 601 images is also one of the 100 test images, but 0 and all.
+    # 601 is prime. So a share of 601 training images cannot be one of 100 test images, but 0 and 1.
     options = ["--data-dir", data_dir, *SMALL.split(), "--epochs", 1, "--subset", 601]
-    process = python(tmp_path, SCRIPT, *options, **trial)
+    process = run_python(tmp_path, SCRIPT, *options, **trial)
     assert process.returncode == 0, process.stderr
     assert "Warning" not in process.stderr
     text = (tmp_path / ".nni" / "metrics").read_text(encoding="utf-8")
