@@ -47,7 +47,7 @@ PRUNERS = ("L1NormPruner", "FPGMPruner")
 SPARSITIES = (0.5, 0.75)  # the two configurations: the share of each layer's channels to remove
 
 # The layers of CNN that are pruned, and their output channels. At sparsity 0.75 the convolutions
-# keep 8, 16 and 32 channels. These fill a processor's vector registers; odd numbers would not.
+# keep 8, 16 and 32 channels: multiples of 8 fill a processor's vector registers.
 LAYERS = ("conv1", "conv2", "conv3", "hidden")
 WIDTHS = (32, 64, 128, 48)
 
@@ -60,7 +60,7 @@ MAX_SHIFT = 1  # training images move by up to this many pixels, vertically and 
 
 MEAN = 0.1307  # of MNIST's training pixels, scaled to 0..1
 DEVIATION = 0.3081  # standard deviation of the same pixels
-TOLERANCE = 0.1  # percentage points: we say that accuracy holds if it falls by less
+TOLERANCE = 0.1  # percentage points; if accuracy falls by less, we say that it holds
 
 
 class ExperimentError(Exception):
@@ -85,8 +85,8 @@ class CNN(nn.Module):
     def __init__(self, widths: tuple[int, ...] = WIDTHS) -> None:
         super().__init__()
         c1, c2, c3, features = widths
-        # On the largest map, pooling and BatchNorm would take longer than the convolution. So conv1
-        # has stride 2 instead of pooling, and no BatchNorm.
+        # On the largest feature map, pooling and BatchNorm would take longer than the convolution.
+        # So conv1 has stride 2 instead of pooling, and no BatchNorm.
         self.conv1 = nn.Conv2d(1, c1, 5, stride=2)  # 28 -> 12
         # A convolution before a BatchNorm needs no bias: BatchNorm has one.
         self.conv2 = nn.Conv2d(c1, c2, 3, bias=False)  # 12 -> 10, pooled to 5
@@ -158,7 +158,7 @@ def save_model(path: Path, model: CNN, about: dict) -> None:
 def fingerprint(model: nn.Module) -> str:
     """Twelve hexadecimal digits that differ between models with different weights.
 
-    In a row of the results, `baseline_id` tells from which baseline a model was made.
+    A row of the results has it as `baseline_id`: it tells the baseline of the row's seed.
     """
     digest = hashlib.sha256()
     for value in model.state_dict().values():
@@ -269,7 +269,7 @@ def limit_threads() -> None:
 
 def why_device_fails(name: str) -> str:
     """Why a device cannot compute; an empty string if it can."""
-    # A device may be announced and still fail: it, or its driver, may be too old for torch.
+    # A device may be listed as available and still fail: it, or its driver, can be too old.
     try:
         image = torch.ones(1, 1, 3, 3, device=name)
         F.conv2d(image, image).item()
@@ -342,7 +342,8 @@ def train(model, images, labels, *, epochs, lr, batch_size, seed, title="", afte
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
     if device.type == "cpu":
         # Before each step, torch's optimizer (2.15) asks an accelerator about graph capture. On a
-        # machine with a GPU, it would initialize CUDA within the timed steps.
+        # machine with a GPU, it would initialize CUDA within the timed steps. If torch renames the
+        # method, this line has no effect.
         optimizer._accelerator_graph_capture_health_check = lambda: None
     steps = math.ceil(len(images) / batch_size)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps)
@@ -446,7 +447,8 @@ def prune(
     or before a layer that NNI cannot prune (LSTM, Conv3d) always keep their channels.
 
     The copy is on the CPU and in eval mode, and frozen parameters stay frozen. Its parameters are
-    new tensors, so make the optimizer for its fine-tuning afterwards.
+    new tensors, so make the optimizer for its fine-tuning afterwards. `prune` follows `forward` in
+    eval mode. A head that is used only in training keeps its size, and may not fit the copy.
 
     Args:
         model: any network that torch.fx can trace. Its Conv2d and Linear layers are pruned. Layers
@@ -455,8 +457,8 @@ def prune(
         sparsity: the share of each layer's channels to remove; between 0 and 1, both excluded.
         example_input: a batch of about eight examples, or a tuple of batches for a network with
             several inputs. With a batch of one example, NNI can prune less.
-        keep: names of layers, or of blocks of layers, that keep all their channels. The output
-            layer must be among them, because its channels are the classes.
+        keep: names of layers, or of blocks of layers, that keep all their output channels. The
+            output layer must be among them, because its channels are the classes.
 
     Raises ExperimentError, with layer and cause, if the network cannot be traced or pruned.
     """
@@ -467,7 +469,7 @@ def prune(
         raise ExperimentError(f"sparsity is {sparsity}, but must be between 0 and 1, both excluded")
     keep = [keep] if isinstance(keep, str) else list(keep)
     network, inputs, dtype = copy_for_pruning(model, example_input)
-    modules = dict(network.named_modules(remove_duplicate=False))  # the network itself is ""
+    modules = dict(network.named_modules(remove_duplicate=False))  # "" is the network
     traced = trace(network, modules, inputs, keep)
     shared = shared_layers(traced, modules)
     check_keep(traced, modules, keep, shared)
@@ -483,32 +485,32 @@ def prune(
     dissolve_mixed_groups(configs, modules)
     if not configs:
         raise ExperimentError("every layer is in keep, or comes before one that keeps its channels")
-    compact, masks = run_nni(network, modules, traced, inputs, dtype, pruner, configs)
+    compact, output_masks = run_nni(network, modules, traced, inputs, dtype, pruner, configs)
 
-    # NNI makes every layer anew. Put back those that lost nothing, so that layers that share a
-    # parameter still share it.
+    # NNI makes every layer anew. Put back those that lost nothing. Layers that share a parameter
+    # are among them, and so still share it.
     for name, module in modules.items():
         if name and shapes_of(module) == shapes_of(compact.get_submodule(name)):
             compact.set_submodule(name, module)
     if count_parameters(compact) >= count_parameters(model):
         raise ExperimentError("no channel was removed: is sparsity too low, or keep too long?")
-    check_pruned(compact, traced, modules, masks, inputs, dtype)
+    check_pruned(compact, traced, modules, output_masks, inputs, dtype)
 
     for name, parameter in compact.named_parameters():
         original = model.get_parameter(name)
         parameter.data = parameter.data.to(original.dtype)
         parameter.requires_grad_(original.requires_grad)
-        parameter.grad = None  # a remainder of NNI's work
+        parameter.grad = None  # NNI leaves some
     for name, buffer in compact.named_buffers():
         buffer.data = buffer.data.to(model.get_buffer(name).dtype)
     return compact
 
 
 def run_nni(network: nn.Module, modules, traced, inputs, dtype, pruner: str, configs: list[dict]):
-    """Let NNI prune a network, which it changes.
+    """Prune a network in place with NNI.
 
-    Returns the network with narrower layers, and NNI's masks: for the output of each node of the
-    graph, what is left of it. Raises ExperimentError where NNI fails.
+    Returns the network, and a mask for each node of the graph. A mask has the shape of the node's
+    output, and is 0 where NNI removes something. Raises ExperimentError if NNI fails.
     """
     nni = import_nni()
     dtype_before = torch.get_default_dtype()
@@ -517,18 +519,18 @@ def run_nni(network: nn.Module, modules, traced, inputs, dtype, pruner: str, con
         with contextlib.redirect_stdout(io.StringIO()):  # NNI prints
             # 1. Choose the channels to remove.
             nni_pruner = getattr(nni.compression.pruning, pruner)(network, configs)
-            _, masks = nni_pruner.compress()
+            _, weight_masks = nni_pruner.compress()
             nni_pruner.unwrap_model()
             # 2. Replace the layers by smaller ones. ModelSpeedup's own tracer fails on torch >= 2.2
             # ('NoneType' object has no attribute 'startswith', NNI issue 5768). It accepts a graph
             # from torch.fx instead.
             speedup = nni.compression.speedup.ModelSpeedup(
-                network, inputs, masks, graph_module=traced, logger=logging.getLogger("nni")
+                network, inputs, weight_masks, graph_module=traced, logger=logging.getLogger("nni")
             )
-            # Two faults of NNI: for a network with `x.size()`, it deletes an attribute that it has
-            # never set; and its own check refuses a layer with a single output channel.
+            # For a network with `x.size()`, NNI deletes this attribute, but never sets it.
             for info in speedup.node_infos.values():
                 info._output_randomize = None
+            # NNI's own check refuses a layer with a single output channel.
             speedup.tensor_propagate_check = lambda tensor: tensor.numel() % speedup.batch_size == 0
             compact = speedup.speedup_model().eval()
     except Exception as error:  # NNI raises errors of many kinds
@@ -538,7 +540,7 @@ def run_nni(network: nn.Module, modules, traced, inputs, dtype, pruner: str, con
     finally:
         torch.set_default_dtype(dtype_before)
     output_masks = {node: info.output_masks for node, info in speedup.node_infos.items()}
-    speedup.node_infos.clear()  # they also hold the output of each node
+    speedup.node_infos.clear()  # free the outputs of all nodes
     return compact, output_masks
 
 
@@ -554,12 +556,15 @@ def copy_for_pruning(model: nn.Module, example_input):
         raise ExperimentError(f"the network cannot be copied: {one_line(error)}") from error
     if isinstance(network, CNN):
         vars(network).pop("about", None)  # from load_model; it describes the unpruned model
+    dtype = torch.float32
+    for name, value in (*network.named_parameters(), *network.named_buffers()):
+        if value.is_complex():
+            raise ExperimentError(f"{name} is complex: NNI prunes networks of real numbers only")
+        if value.dtype == torch.float64:
+            dtype = torch.float64
     for name, parameter in network.named_parameters():
-        if parameter.dim() > 1 and not parameter.any():
+        if parameter.dim() > 1 and not parameter.any():  # a bias can be zero
             raise ExperimentError(f"{name} is all zero: NNI takes the layers before it for unused")
-    values = [*network.parameters(), *network.buffers()]
-    is_double = any(value.dtype == torch.float64 for value in values)
-    dtype = torch.float64 if is_double else torch.float32  # NNI needs one of them
     inputs = (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
     return network.to(dtype), converted(inputs, dtype), dtype
 
@@ -605,7 +610,7 @@ def trace(network: nn.Module, modules, inputs, keep: list[str]) -> torch.fx.Grap
             with contextlib.redirect_stderr(io.StringIO()):  # ShapeProp prints tracebacks
                 ShapeProp(traced).propagate(*inputs)
             return traced
-        except Exception as error:  # as above
+        except Exception as error:  # the network's own code again
             errors.append(error)
     message = f"torch.fx cannot trace {place_and_error(errors[0], modules)}"
     raise ExperimentError(f"{message}; {advice(None, modules)}") from errors[0]
@@ -627,14 +632,15 @@ def shared_layers(traced: torch.fx.GraphModule, modules: dict[str, nn.Module]) -
         layers_by_parameter.setdefault(parameter, []).append(layer_name)
     for names in layers_by_parameter.values():
         if len(names) > 1:
-            reason = f"layers {' and '.join(names)} share a parameter: NNI would separate them"
-            reasons.update(dict.fromkeys(names, reason))
+            for name in names:
+                layers = " and ".join(names)
+                reasons[name] = f"layers {layers} share a parameter: NNI would separate them"
     return reasons
 
 
 def check_keep(traced, modules: dict[str, nn.Module], keep: list[str], shared: dict[str, str]):
     """Raise ExperimentError if `keep` has a wrong name, or lacks a layer that it must have."""
-    output_layers = layers_before(output_node(traced), modules)
+    output_layers = layers_before(traced.graph.output_node(), modules)
     for name in keep:
         if name not in modules:
             message = f"keep names {name}, but the network has no such layer"
@@ -663,18 +669,19 @@ def layers_to_keep(traced, modules: dict[str, nn.Module], keep: list[str], share
 
 
 def dissolve_mixed_groups(configs: list[dict], modules: dict[str, nn.Module]) -> None:
-    """Dissolve each dependency group whose weights differ in dimensions or channels.
+    """Take apart each dependency group whose weights differ in dimensions or channels.
 
     NNI cannot add the scores of such layers. Without the group it prunes less, but correctly.
     """
+    in_groups = [config for config in configs if "dependency_group_id" in config]
     shapes_by_group = {}
-    for config in configs:
+    for config in in_groups:
         weight = modules[config["op_names"][0]].weight
-        shapes = shapes_by_group.setdefault(config.get("dependency_group_id"), set())
+        shapes = shapes_by_group.setdefault(config["dependency_group_id"], set())
         shapes.add((weight.dim(), len(weight)))
-    for config in configs:
-        if len(shapes_by_group[config.get("dependency_group_id")]) > 1:
-            config.pop("dependency_group_id", None)  # a layer without a group has none
+    for config in in_groups:
+        if len(shapes_by_group[config["dependency_group_id"]]) > 1:
+            del config["dependency_group_id"]
 
 
 def names_inside(blocks: list[str], modules: dict[str, nn.Module]) -> list[str]:
@@ -689,11 +696,6 @@ def names_inside(blocks: list[str], modules: dict[str, nn.Module]) -> list[str]:
 
 def shapes_of(module: nn.Module) -> list[torch.Size]:
     return [value.shape for value in module.state_dict().values()]
-
-
-def output_node(traced: torch.fx.GraphModule) -> torch.fx.Node:
-    *_, last = traced.graph.nodes
-    return last
 
 
 def layers_before(node: torch.fx.Node, modules: dict[str, nn.Module]) -> list[str]:
@@ -714,7 +716,10 @@ def layers_before(node: torch.fx.Node, modules: dict[str, nn.Module]) -> list[st
 
 
 def passes_channels_on(node: torch.fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether the channels of a node are those of its inputs, as with ReLU, `+` or BatchNorm."""
+    """Whether the channels of a node are those of its inputs, as with ReLU, `+` or BatchNorm.
+
+    All functions count as such. At worst, more layers than necessary keep their channels.
+    """
     if node.op != "call_module":
         return True
     layer = modules[node.target]
@@ -726,26 +731,26 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:160]}"
 
 
+def values_of_variable(name: str, error: Exception) -> list:
+    """What a local variable held in each function that an error passed, the innermost last."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return [frame.f_locals[name] for frame in frames if name in frame.f_locals]
+
+
 def place_and_error(error: Exception, modules: dict[str, nn.Module]) -> str:
     """The layer whose code raised an error, and the error, in one line."""
     names = {id(module): f"layer {name}" for name, module in modules.items() if name}
     place = "the network"
-    for frame, _ in traceback.walk_tb(error.__traceback__):  # from the outermost call inwards
-        place = names.get(id(frame.f_locals.get("self")), place)
+    for value in values_of_variable("self", error):
+        place = names.get(id(value), place)
     return f"{place} ({one_line(error)})"
 
 
 def node_of(error: Exception) -> torch.fx.Node | None:
-    """The node of the graph on which NNI worked when it raised an error.
-
-    The functions of NNI have it in their local variable `node`.
-    """
-    found = None
-    for frame, _ in traceback.walk_tb(error.__traceback__):  # from the outermost call inwards
-        value = frame.f_locals.get("node")
-        if isinstance(value, torch.fx.Node):
-            found = value
-    return found
+    """The node of the graph on which NNI worked when it raised an error."""
+    values = values_of_variable("node", error)
+    nodes = [value for value in values if isinstance(value, torch.fx.Node)]
+    return nodes[-1] if nodes else None
 
 
 def name_of(node: torch.fx.Node | None) -> str:
@@ -765,8 +770,8 @@ def advice(node: torch.fx.Node | None, modules: dict[str, nn.Module]) -> str:
 class WithRemovedChannelsZero(torch.fx.Interpreter):
     """Runs the original network with the channels that NNI removes set to zero.
 
-    These are the removed input channels before a layer, and the removed output channels after it.
-    `masks` are NNI's: each has the shape of its node's output, and is 0 where NNI removes.
+    Before each layer, it sets the removed input channels to zero; after it, the removed output
+    channels. `masks` are those of run_nni.
     """
 
     def __init__(self, traced: torch.fx.GraphModule, masks: dict[torch.fx.Node, Tensor]) -> None:
@@ -834,15 +839,22 @@ def all_equal(output, expected, tolerance: float) -> bool:
 
 
 def equal(value, wanted, tolerance: float) -> bool:
-    """Whether two values are equal; tensors, up to a share of the largest number."""
+    """Whether two values are equal; numbers of tensors, up to a share of themselves.
+
+    Numbers below the median may differ by the share of the median. The largest number would be a
+    bad measure: it can be a mask's, such as -1e9 or infinity.
+    """
     if not isinstance(wanted, Tensor):
         return value == wanted
     if not isinstance(value, Tensor) or value.shape != wanted.shape:
         return False
-    if wanted.numel() == 0:
-        return True
-    difference = (value.double() - wanted.double()).abs().max()
-    return bool(difference <= tolerance * wanted.double().abs().max())
+    if not (wanted.is_floating_point() or wanted.is_complex()):
+        return torch.equal(value, wanted)
+    sizes = wanted.abs()
+    sizes = sizes[sizes.isfinite() & (sizes > 0)]
+    median = float(sizes.median()) if len(sizes) else 0.0
+    value = value.to(wanted.dtype)
+    return torch.allclose(value, wanted, rtol=tolerance, atol=tolerance * median, equal_nan=True)
 
 
 def first_difference(compact, original, inputs, dtype, tolerance: float) -> torch.fx.Node:
@@ -861,7 +873,7 @@ def first_difference(compact, original, inputs, dtype, tolerance: float) -> torc
                 wanted = without_removed(wanted, value.shape, original.masks[node])
             if not equal(value, wanted, tolerance):
                 return node
-    return output_node(original)
+    return original.graph.output_node()
 
 
 def without_removed(wanted: Tensor, shape: torch.Size, mask) -> Tensor:
@@ -877,7 +889,7 @@ def without_removed(wanted: Tensor, shape: torch.Size, mask) -> Tensor:
 
 # -------------------------------------------------------------------------------- results
 def write(path: Path, content: bytes) -> None:
-    """Write a file, or raise ExperimentError. A crash leaves the old file or the new one whole."""
+    """Write a file, or raise ExperimentError. After a crash, the file is the old or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -924,6 +936,7 @@ def as_frame(rows: list[dict]):
     # The trials of an NNI experiment start from one baseline, and each of them evaluates it. One of
     # these rows is enough.
     baselines = frame[is_baseline].drop_duplicates("seed")
+    # Two files can hold the same row. But two rows of one model that differ are an error.
     others = frame[~is_baseline].drop_duplicates(["name", "seed", "accuracy"])
     repeated = others[others.duplicated(["name", "seed"])]
     if len(repeated) > 0:
@@ -1108,7 +1121,7 @@ def report(frame) -> str:
     if seeds_share_a_baseline(frame):
         parts.append(
             "All seeds start from one baseline. So the table does not show how baselines differ,\n"
-            "and there is no verdict against it."
+            "there is no verdict against it, and all verdicts are about its pruned models only."
         )
     return "\n\n".join(parts)
 
@@ -1142,7 +1155,9 @@ def draw(frame, path: Path) -> None:
         earlier_seconds = 0.0
         if first_row["kind"] in ("pruned", "trained_on"):  # the baseline was trained before it
             earlier_seconds = baselines["training_seconds"].loc[model["seed"]].fillna(0).mean()
-        seconds = model["training_seconds"].fillna(0).mean()
+        seconds = model["training_seconds"].mean()
+        if math.isnan(seconds):
+            continue  # a given baseline: this run did not train it
         right.barh(position, earlier_seconds, color="#cccccc")
         right.barh(position, seconds, left=earlier_seconds, color=color)
         total = earlier_seconds + seconds
@@ -1236,10 +1251,11 @@ def trial_arguments(parser: argparse.ArgumentParser) -> list[str]:
     for name, value in parameters.items():
         if name.replace("-", "_") not in known:
             parser.error(f"unknown parameter {name!r} of the trial; known: {', '.join(known)}")
-        if value is not False:
-            arguments.append(f"--{name.replace('_', '-')}")
-        if not isinstance(value, bool):
-            arguments.append(str(value))
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            arguments.append(flag)
+        elif value is not False:
+            arguments += [flag, str(value)]
     return arguments
 
 
@@ -1412,8 +1428,8 @@ def report_trial(rows: list[dict], heading: str) -> None:
     """Hand NNI the result of a trial: the row of its pruned model, and all its rows."""
     nni = import_nni()
     (row,) = [row for row in rows if row["kind"] == "pruned"]
-    # NNI 3.0 can record another trial's parameters if two trials start together. The exported CSV
-    # takes these instead.
+    # If two trials start together, NNI 3.0 can record the parameters of one at the other. So the
+    # result has the trial's own parameters, and NNI's exported CSV shows those.
     parameters = nni.get_current_parameter() or {}
     result = {**row, **parameters, "heading": heading, "rows": rows, "default": row["accuracy"]}
     nni.report_final_result(result)  # NNI maximizes "default"
@@ -1435,8 +1451,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     description = describe(run, args)
     heading = description["heading"]
     picture = folder / "results.png"
-    # An NNI assessor may stop a trial early by these accuracies. They are accuracies on training
-    # images: the test images must not decide anything.
+    # After each epoch, a trial reports an accuracy to NNI, whose assessor may stop the trial. It is
+    # that on the training images: the test images must not decide anything.
     after_epoch = nni.report_intermediate_result if args.is_trial else None
 
     rows = []
@@ -1499,13 +1515,13 @@ def main(argv: list[str] | None = None) -> list[dict]:
         if args.is_trial:
             report_trial(rows, heading)
     except BaseException:
-        # Show what is finished. Whatever goes wrong with that, the first error is the one to raise.
+        # Show what is finished. An error in that must not hide the first one.
         if rows:
             with contextlib.suppress(Exception):
                 show_results(heading, rows, picture)
         raise
     show_results(heading, rows, picture)
-    saved = sum(row["training_seconds"] is not None for row in rows)
+    saved = sum(row["training_seconds"] is not None for row in rows)  # not a given baseline
     print(f"\nSaved: {folder}{os.sep} ({saved} models, results.json, results.csv, results.png)")
     return rows
 

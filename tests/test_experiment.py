@@ -196,12 +196,14 @@ def test_each_of_several_seeds_is_a_run_of_its_own(call):
 
 
 def test_a_given_baseline_is_used_and_not_trained(call):
-    call(*QUICK)
+    trained, *_ = call(*QUICK)
     given = Path("checkpoints") / "baseline.pth"
     rows, out, _ = call(*QUICK_TUNING, "--baseline", given, "--seed", 5, "--controls")
     assert f"{given} (1) + 1 epochs" in out  # nothing was trained: it says so
     baseline, pruned, *_ = rows
     assert baseline["training_seconds"] is None
+    assert baseline["accuracy"] == trained[0]["accuracy"]
+    assert baseline["baseline_id"] == trained[0]["baseline_id"]
     assert baseline["epochs"] == 1
     assert pruned["training_seconds"] > 0
     assert "scratch_0.5_2_epochs" in [row["name"] for row in rows]

@@ -208,6 +208,11 @@ class Net(nn.Module):
     def forward(self, x):
         return self.steps(self, x)
 
+    def masked(self, maps, value):
+        """The logits, with a value in place of the first two."""
+        logits = self.fc(maps.mean((2, 3)))
+        return torch.cat([torch.full_like(logits[:, :2], value), logits[:, 2:]], 1)
+
 
 class NetOfTwoInputs(Net):
     def forward(self, x, y):
@@ -435,6 +440,13 @@ def test_the_description_of_a_loaded_model_is_not_that_of_the_copy():
     assert script.prune(net, "L1NormPruner", 0.5, IMAGES, "fc").about == net.about
 
 
+def test_an_output_with_infinite_numbers():
+    torch.manual_seed(0)
+    net = Net(lambda net, x: net.masked(net.b(net.a(x)), -torch.inf))
+    compact = script.prune(net, "L1NormPruner", 0.5, IMAGES, "fc")
+    assert [len(layer.weight) for layer in (compact.a, compact.b)] == [8, 8]
+
+
 def test_a_network_that_changes_its_input_in_place():
     torch.manual_seed(0)
     net = Net(lambda net, x: net.fc(mean(net.b(net.a(x.mul_(2).sub_(1))))))
@@ -470,6 +482,14 @@ def with_scale(net, x):
 
 # Each network, and what the message about it must match.
 REFUSED = {
+    "complex": (
+        lambda: Net(with_scale, scale=nn.Parameter(torch.rand(16, 1, 1, dtype=torch.complex64))),
+        "scale is complex",
+    ),
+    "hidden by a mask": (
+        lambda: Net(lambda net, x: net.masked(net.b(net.a(x).softmax(1)), -1e9)),
+        "`softmax` in forward .*in keep: a$",
+    ),
     "twice": (lambda: Net(in_chain("a", "b", "b")), r"layer b is called twice: .*name it in keep"),
     "three times": (lambda: Net(in_chain("a", "b", "b", "b")), r"layer b is called 3 times"),
     "BatchNorm twice": (

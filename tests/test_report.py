@@ -151,6 +151,7 @@ def test_seeds_of_one_baseline_give_no_verdict_against_it():
     text = script.report(script.as_frame(rows))
     assert HOLDS not in text
     assert "L1NormPruner_0.5 is better than scratch_0.5_6_epochs" in text
+    assert "all verdicts are about its pruned models only" in text
     assert "All seeds start from one baseline" in text
     # Without a control there is no claim left, but there are several seeds.
     text = script.report(script.as_frame(rows[:6]))
