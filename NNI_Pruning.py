@@ -854,7 +854,7 @@ def equal(value, wanted, tolerance: float) -> bool:
     sizes = sizes[sizes.isfinite() & (sizes > 0)]
     median = float(sizes.median()) if len(sizes) else 0.0
     value = value.to(wanted.dtype)
-    return torch.allclose(value, wanted, rtol=tolerance, atol=tolerance * median, equal_nan=True)
+    return torch.allclose(value, wanted, rtol=tolerance, atol=tolerance * median)
 
 
 def first_difference(compact, original, inputs, dtype, tolerance: float) -> torch.fx.Node:
@@ -1270,6 +1270,17 @@ class Run:
     settings: Settings
 
 
+def prepare_folder(checkpoint_dir: Path) -> Path:
+    """Make the folder for the results; each trial of an NNI experiment has its own.
+
+    Raises ExperimentError if nothing can be written there.
+    """
+    folder = checkpoint_dir / os.environ.get("NNI_TRIAL_JOB_ID", "")
+    write(folder / ".writable", b"")
+    (folder / ".writable").unlink()
+    return folder
+
+
 def prepare_run(args: argparse.Namespace) -> Run:
     """Choose the device, load the data and resolve the options that depend on the data."""
     device = select_device(args.device)
@@ -1385,6 +1396,27 @@ def train_evaluate_save(run: Run, model: CNN, row: dict, folder: Path, after_epo
     save_model(folder / f"{row['name']}.pth", model, row)
 
 
+def train_baseline(run: Run, folder: Path, seed: int) -> dict:
+    """Train a baseline from random weights, save it as baseline.pth, and return its row."""
+    torch.manual_seed(seed)
+    model = CNN()
+    epochs = run.settings.baseline_epochs
+    row = new_row(run, model, name="baseline", kind="baseline", seed=seed, epochs=epochs)
+    train_evaluate_save(run, model, row, folder)
+    return row
+
+
+def evaluate_baseline(run: Run, path: Path, seed: int) -> dict:
+    """Evaluate a baseline that was trained before, and return its row."""
+    model = load_model(path)
+    epochs = run.settings.baseline_epochs
+    row = new_row(run, model, name="baseline", kind="baseline", seed=seed, epochs=epochs)
+    model.to(run.device, memory_format=torch.channels_last)
+    row["accuracy"] = evaluate(model, *run.testing)
+    row["baseline_id"] = fingerprint(model)
+    return row
+
+
 def train_controls(run, baseline_path, models_dir, widths_by_sparsity: dict, seed, baseline_id):
     """Train what the pruned models are compared with; yield each row when its model is saved.
 
@@ -1444,13 +1476,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
     # What can be wrong with the machine shows here, before anything is trained.
     nni = import_nni()
     limit_threads()
-    folder = args.checkpoint_dir / os.environ.get("NNI_TRIAL_JOB_ID", "")  # each trial has its own
-    write(folder / ".writable", b"")
-    (folder / ".writable").unlink()
+    folder = prepare_folder(args.checkpoint_dir)
     run = prepare_run(args)
     description = describe(run, args)
-    heading = description["heading"]
-    picture = folder / "results.png"
     # After each epoch, a trial reports an accuracy to NNI, whose assessor may stop the trial. It is
     # that on the training images: the test images must not decide anything.
     after_epoch = nni.report_intermediate_result if args.is_trial else None
@@ -1462,17 +1490,12 @@ def main(argv: list[str] | None = None) -> list[dict]:
             models_dir = folder if seed == args.seeds[0] else folder / f"seed_{seed}"
 
             # 1. Train the baseline and save it. If one is given, only evaluate it.
-            baseline_path = args.baseline or models_dir / "baseline.pth"
-            torch.manual_seed(seed)
-            baseline = load_model(baseline_path) if args.baseline else CNN()
-            epochs = run.settings.baseline_epochs
-            row = new_row(run, baseline, name="baseline", kind="baseline", seed=seed, epochs=epochs)
             if args.baseline:
-                baseline.to(run.device, memory_format=torch.channels_last)
-                row["accuracy"] = evaluate(baseline, *run.testing)
-                row["baseline_id"] = fingerprint(baseline)
+                baseline_path = args.baseline
+                row = evaluate_baseline(run, baseline_path, seed)
             else:
-                train_evaluate_save(run, baseline, row, models_dir)
+                baseline_path = models_dir / "baseline.pth"
+                row = train_baseline(run, models_dir, seed)
             baseline_id = row["baseline_id"]
             rows.append(row)
             write_results(folder, description, rows)
@@ -1513,14 +1536,14 @@ def main(argv: list[str] | None = None) -> list[dict]:
                     rows.append(row)
                     write_results(folder, description, rows)
         if args.is_trial:
-            report_trial(rows, heading)
+            report_trial(rows, description["heading"])
     except BaseException:
         # Show what is finished. An error in that must not hide the first one.
         if rows:
             with contextlib.suppress(Exception):
-                show_results(heading, rows, picture)
+                show_results(description["heading"], rows, folder / "results.png")
         raise
-    show_results(heading, rows, picture)
+    show_results(description["heading"], rows, folder / "results.png")
     saved = sum(row["training_seconds"] is not None for row in rows)  # not a given baseline
     print(f"\nSaved: {folder}{os.sep} ({saved} models, results.json, results.csv, results.png)")
     return rows

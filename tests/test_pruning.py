@@ -208,10 +208,10 @@ class Net(nn.Module):
     def forward(self, x):
         return self.steps(self, x)
 
-    def masked(self, maps, value):
-        """The logits, with a value in place of the first two."""
+    def masked(self, maps, value, count):
+        """The five logits, with a value in place of the first ones."""
         logits = self.fc(maps.mean((2, 3)))
-        return torch.cat([torch.full_like(logits[:, :2], value), logits[:, 2:]], 1)
+        return torch.cat([torch.full_like(logits[:, :count], value), logits[:, count:]], 1)
 
 
 class NetOfTwoInputs(Net):
@@ -288,6 +288,15 @@ def conv(inputs=16, outputs=16, size=3, **options) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, size, **options)
 
 
+class DependsOnData(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Conv2d(16, 16, 1)
+
+    def forward(self, x):
+        return self.inner(x) if x.sum() > 0 else x
+
+
 class Case(NamedTuple):
     """How to make a network, what to keep, and which layers then lose output channels."""
 
@@ -357,6 +366,9 @@ NETS = {
         ),
         "fc",
         "a up",
+    ),
+    "not traceable, kept": Case(
+        lambda: Net(in_chain("a", "d", "b"), d=DependsOnData()), ["fc", "d"], "b"
     ),
     "3-D convolution": Case(
         lambda: Net(
@@ -442,7 +454,7 @@ def test_the_description_of_a_loaded_model_is_not_that_of_the_copy():
 
 def test_an_output_with_infinite_numbers():
     torch.manual_seed(0)
-    net = Net(lambda net, x: net.masked(net.b(net.a(x)), -torch.inf))
+    net = Net(lambda net, x: net.masked(net.b(net.a(x)), -torch.inf, 4))
     compact = script.prune(net, "L1NormPruner", 0.5, IMAGES, "fc")
     assert [len(layer.weight) for layer in (compact.a, compact.b)] == [8, 8]
 
@@ -462,15 +474,6 @@ def with_zeros() -> Net:
     return net
 
 
-class DependsOnData(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Conv2d(16, 16, 1)
-
-    def forward(self, x):
-        return self.inner(x) if x.sum() > 0 else x
-
-
 def halves(net, x):
     left, right = net.a(x).chunk(2, 1)
     return net.fc(mean(net.d(left) * net.d2(right)))
@@ -487,8 +490,18 @@ REFUSED = {
         "scale is complex",
     ),
     "hidden by a mask": (
-        lambda: Net(lambda net, x: net.masked(net.b(net.a(x).softmax(1)), -1e9)),
-        "`softmax` in forward .*in keep: a$",
+        lambda: Net(
+            lambda net, x: net.masked(net.b(net.a(x)) * net.d(x).mean(1, True), -1e9, 2),
+            d=conv(3, padding=1),
+        ),
+        "`mean` in forward computes other values; .*in keep: d$",
+    ),
+    "hidden by infinity": (
+        lambda: Net(
+            lambda net, x: net.masked(net.b(net.a(x)) * net.d(x).mean(1, True), -torch.inf, 4),
+            d=conv(3, padding=1),
+        ),
+        "`mean` in forward computes other values; .*in keep: d$",
     ),
     "twice": (lambda: Net(in_chain("a", "b", "b")), r"layer b is called twice: .*name it in keep"),
     "three times": (lambda: Net(in_chain("a", "b", "b", "b")), r"layer b is called 3 times"),
