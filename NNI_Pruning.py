@@ -5,9 +5,10 @@
 
 The script trains a CNN. It prunes it with NNI's L1NormPruner and FPGMPruner at two channel
 sparsities, makes each pruned model smaller with ModelSpeedup, and fine-tunes it. It saves every
-model and prints one table. On two cores of an AMD EPYC (torch 2.15.0, NNI 3.0) this takes 57 s. The
-mean accuracies of five seeds are 99.57 % for the baseline, 99.53 % (L1) and 99.48 % (FPGM) at
-sparsity 0.5 with 3.9 times fewer parameters, and 99.23 % and 99.22 % at 0.75 with 15.3 times fewer.
+model and prints one table. On two cores of an AMD EPYC (torch 2.15.0, NNI 3.0), a run with one seed
+takes 57 s. The mean accuracies of five seeds are 99.57 % for the baseline, 99.53 % (L1) and 99.48 %
+(FPGM) at sparsity 0.5 with 3.9 times fewer parameters, and 99.23 % and 99.22 % at 0.75 with 15.3
+times fewer.
 
 Start at `main`, at the end: it is the experiment. The functions before it are in groups: model,
 data, training, pruning, results, report, options. To load a saved model, or to prune a network of
@@ -158,7 +159,7 @@ def save_model(path: Path, model: CNN, about: dict) -> None:
 def fingerprint(model: nn.Module) -> str:
     """Twelve hexadecimal digits that differ between models with different weights.
 
-    A row of the results has it as `baseline_id`: it tells the baseline of the row's seed.
+    In a row of the results, `baseline_id` is the fingerprint of the baseline of the row's seed.
     """
     digest = hashlib.sha256()
     for value in model.state_dict().values():
@@ -341,9 +342,8 @@ def train(model, images, labels, *, epochs, lr, batch_size, seed, title="", afte
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
     if device.type == "cpu":
-        # Before each step, torch's optimizer (2.15) asks an accelerator about graph capture. On a
-        # machine with a GPU, it would initialize CUDA within the timed steps. If torch renames the
-        # method, this line has no effect.
+        # torch 2.15 calls this method before each step. On a machine with a GPU, it initializes
+        # CUDA within the timed steps. So here it does nothing.
         optimizer._accelerator_graph_capture_health_check = lambda: None
     steps = math.ceil(len(images) / batch_size)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps)
@@ -412,7 +412,8 @@ def import_nni():
             site_packages = Path(torch.__file__).parents[1]
             raise ExperimentError(
                 f"NNI is missing or incomplete ({error}): {pip} -r requirements.txt\n"
-                "On Apple silicon and ARM Linux, for which NNI has no package, first run\n"
+                "On Apple silicon and ARM Linux, for which NNI has no package, first run this\n"
+                "(it installs the package for Intel Macs, whose Python files work everywhere):\n"
                 f"{pip} nni==3.0 --no-deps --only-binary :all: --platform macosx_10_9_x86_64"
                 f" --target {site_packages}"
             ) from error
@@ -469,8 +470,8 @@ def prune(
         raise ExperimentError(f"sparsity is {sparsity}, but must be between 0 and 1, both excluded")
     keep = [keep] if isinstance(keep, str) else list(keep)
     network, inputs, dtype = copy_for_pruning(model, example_input)
-    modules = dict(network.named_modules(remove_duplicate=False))  # "" is the network
-    traced = trace(network, modules, inputs, keep)
+    modules = dict(network.named_modules(remove_duplicate=False))  # by name; "" is the network
+    traced = trace(network, modules, inputs, dtype, keep)
     shared = shared_layers(traced, modules)
     check_keep(traced, modules, keep, shared)
 
@@ -500,7 +501,7 @@ def prune(
         original = model.get_parameter(name)
         parameter.data = parameter.data.to(original.dtype)
         parameter.requires_grad_(original.requires_grad)
-        parameter.grad = None  # NNI leaves some
+        parameter.grad = None  # NNI leaves gradients
     for name, buffer in compact.named_buffers():
         buffer.data = buffer.data.to(model.get_buffer(name).dtype)
     return compact
@@ -525,12 +526,17 @@ def run_nni(network: nn.Module, modules, traced, inputs, dtype, pruner: str, con
             # ('NoneType' object has no attribute 'startswith', NNI issue 5768). It accepts a graph
             # from torch.fx instead.
             speedup = nni.compression.speedup.ModelSpeedup(
-                network, inputs, weight_masks, graph_module=traced, logger=logging.getLogger("nni")
+                network,
+                converted(inputs, dtype),
+                weight_masks,
+                graph_module=traced,
+                logger=logging.getLogger("nni"),
             )
             # For a network with `x.size()`, NNI deletes this attribute, but never sets it.
             for info in speedup.node_infos.values():
                 info._output_randomize = None
-            # NNI's own check refuses a layer with a single output channel.
+            # NNI follows a value if this returns True. Its own method leaves out values with a
+            # single number for each example, such as the output of a layer with one channel.
             speedup.tensor_propagate_check = lambda tensor: tensor.numel() % speedup.batch_size == 0
             compact = speedup.speedup_model().eval()
     except Exception as error:  # NNI raises errors of many kinds
@@ -572,7 +578,7 @@ def copy_for_pruning(model: nn.Module, example_input):
 def converted(inputs: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Copies of the inputs, on the CPU; floating-point numbers in `dtype`.
 
-    A network may change its input in place. So each call gets its own copies.
+    A network may change its input in place. So each run of a network needs its own copies.
     """
     copies = [value.detach().cpu().clone() for value in inputs]
     return tuple(value.to(dtype) if value.is_floating_point() else value for value in copies)
@@ -589,7 +595,7 @@ class BlockTracer(torch.fx.Tracer):
         return name in self.blocks or super().is_leaf_module(module, name)
 
 
-def trace(network: nn.Module, modules, inputs, keep: list[str]) -> torch.fx.GraphModule:
+def trace(network: nn.Module, modules, inputs, dtype, keep: list[str]) -> torch.fx.GraphModule:
     """A network with its torch.fx graph, which has the shapes of all values.
 
     If torch.fx cannot look inside all blocks, those in `keep` become single nodes of the graph.
@@ -598,7 +604,7 @@ def trace(network: nn.Module, modules, inputs, keep: list[str]) -> torch.fx.Grap
 
     try:
         with torch.no_grad():
-            network(*inputs)
+            network(*converted(inputs, dtype))
     except Exception as error:  # the network's own code can raise anything
         shapes = " and ".join(str(tuple(value.shape)) for value in inputs)
         message = f"example_input {shapes} does not fit {place_and_error(error, modules)}"
@@ -608,7 +614,7 @@ def trace(network: nn.Module, modules, inputs, keep: list[str]) -> torch.fx.Grap
         try:
             traced = torch.fx.GraphModule(network, BlockTracer(blocks).trace(network))
             with contextlib.redirect_stderr(io.StringIO()):  # ShapeProp prints tracebacks
-                ShapeProp(traced).propagate(*inputs)
+                ShapeProp(traced).propagate(*converted(inputs, dtype))
             return traced
         except Exception as error:  # the network's own code again
             errors.append(error)
@@ -617,24 +623,26 @@ def trace(network: nn.Module, modules, inputs, keep: list[str]) -> torch.fx.Grap
 
 
 def shared_layers(traced: torch.fx.GraphModule, modules: dict[str, nn.Module]) -> dict[str, str]:
-    """The layers whose parameters are used more than once; for each, why NNI cannot prune it."""
+    """The layers whose parameters are used more than once; for each, why `keep` must name it."""
     reasons = {}
     called = [node.target for node in traced.graph.nodes if node.op == "call_module"]
     for name in called:
         calls = called.count(name)
-        # A layer of one parameter is a PReLU for all channels, which has none to lose.
+        # A layer with one parameter, such as PReLU, needs no pruning.
         if calls > 1 and count_parameters(modules[name]) > 1:
             times = "twice" if calls == 2 else f"{calls} times"
-            reasons[name] = f"layer {name} is called {times}: NNI masks it for one call only"
+            reason = f"layer {name} is called {times}: NNI masks it for one call only"
+            reasons[name] = f"{reason}; name it in keep"
     layers_by_parameter = {}
     for parameter_name, parameter in modules[""].named_parameters(remove_duplicate=False):
         layer_name = parameter_name.rpartition(".")[0]
         layers_by_parameter.setdefault(parameter, []).append(layer_name)
     for names in layers_by_parameter.values():
         if len(names) > 1:
+            layers = " and ".join(names)
+            reason = f"layers {layers} share a parameter: NNI would separate them"
             for name in names:
-                layers = " and ".join(names)
-                reasons[name] = f"layers {layers} share a parameter: NNI would separate them"
+                reasons[name] = f"{reason}; name them in keep"
     return reasons
 
 
@@ -651,7 +659,7 @@ def check_keep(traced, modules: dict[str, nn.Module], keep: list[str], shared: d
             raise ExperimentError(f"layer {name} computes the output; name it in keep")
     for name, reason in shared.items():
         if name not in kept:
-            raise ExperimentError(f"{reason}; name it in keep")
+            raise ExperimentError(reason)
 
 
 def layers_to_keep(traced, modules: dict[str, nn.Module], keep: list[str], shared) -> list[str]:
@@ -660,19 +668,20 @@ def layers_to_keep(traced, modules: dict[str, nn.Module], keep: list[str], share
     for node in traced.graph.nodes:
         if node.op == "call_module":
             layer = modules[node.target]
-            # NNI looks at the type itself, so it does not know a subclass of Conv2d.
-            is_unknown = type(layer) not in NARROWABLE and bool(shapes_of(layer))
-            if is_unknown or node.target in shared:
+            # NNI does not know subclasses, such as one of Conv2d.
+            is_narrowable = type(layer) in NARROWABLE or not has_parameters(layer)
+            if not is_narrowable or node.target in shared:
                 names.append(node.target)
                 names.extend(layers_before(node, modules))
     return sorted(set(names))
 
 
 def dissolve_mixed_groups(configs: list[dict], modules: dict[str, nn.Module]) -> None:
-    """Take apart each dependency group whose weights differ in dimensions or channels.
+    """Take apart each dependency group whose layers differ in kind or in output channels.
 
     NNI cannot add the scores of such layers. Without the group it prunes less, but correctly.
     """
+    # NNI makes a config of its own for each layer in a group.
     in_groups = [config for config in configs if "dependency_group_id" in config]
     shapes_by_group = {}
     for config in in_groups:
@@ -696,6 +705,10 @@ def names_inside(blocks: list[str], modules: dict[str, nn.Module]) -> list[str]:
 
 def shapes_of(module: nn.Module) -> list[torch.Size]:
     return [value.shape for value in module.state_dict().values()]
+
+
+def has_parameters(module: nn.Module) -> bool:
+    return len(shapes_of(module)) > 0
 
 
 def layers_before(node: torch.fx.Node, modules: dict[str, nn.Module]) -> list[str]:
@@ -723,7 +736,7 @@ def passes_channels_on(node: torch.fx.Node, modules: dict[str, nn.Module]) -> bo
     if node.op != "call_module":
         return True
     layer = modules[node.target]
-    return isinstance(layer, CHANNELWISE) or not shapes_of(layer)
+    return isinstance(layer, CHANNELWISE) or not has_parameters(layer)
 
 
 def one_line(error: Exception) -> str:
@@ -741,7 +754,7 @@ def place_and_error(error: Exception, modules: dict[str, nn.Module]) -> str:
     """The layer whose code raised an error, and the error, in one line."""
     names = {id(module): f"layer {name}" for name, module in modules.items() if name}
     place = "the network"
-    for value in values_of_variable("self", error):
+    for value in values_of_variable("self", error):  # in the code of a layer, self is the layer
         place = names.get(id(value), place)
     return f"{place} ({one_line(error)})"
 
@@ -771,10 +784,11 @@ class WithRemovedChannelsZero(torch.fx.Interpreter):
     """Runs the original network with the channels that NNI removes set to zero.
 
     Before each layer, it sets the removed input channels to zero; after it, the removed output
-    channels. `masks` are those of run_nni.
+    channels. `traced` has the original layers. `masks` are those of run_nni: for each node, a
+    tensor or a tuple of tensors.
     """
 
-    def __init__(self, traced: torch.fx.GraphModule, masks: dict[torch.fx.Node, Tensor]) -> None:
+    def __init__(self, traced: torch.fx.GraphModule, masks: dict) -> None:
         super().__init__(traced)
         self.masks = masks
 
@@ -800,30 +814,31 @@ def remaining_channels(mask: Tensor, axis: int) -> Tensor:
 
 @torch.no_grad()
 def check_pruned(compact, traced, modules, masks: dict, inputs, dtype: torch.dtype) -> None:
-    """Raise ExperimentError unless the copy computes what the network computes without channels.
+    """Raise ExperimentError unless the copy computes what the network computes with zeros.
 
-    Both compute in float64, or in `dtype` if the network's own code needs that.
+    The zeros take the place of the removed channels. Both compute in float64, or in `dtype` if the
+    network's own code needs that.
     """
     original = WithRemovedChannelsZero(traced, masks)
     try:
         traced.double()
         expected = original.run(*converted(inputs, torch.float64))
-        compact.double()
-        dtype = torch.float64
+        check_dtype = torch.float64
         tolerance = 1e-6
     except Exception:  # the network's own code cannot compute in float64
         traced.to(dtype)
         expected = original.run(*converted(inputs, dtype))
-        compact.to(dtype)
+        check_dtype = dtype
         tolerance = 1e-4
+    compact.to(check_dtype)
     try:
-        output = compact(*converted(inputs, dtype))
+        output = compact(*converted(inputs, check_dtype))
         if all_equal(output, expected, tolerance):
             return
         cause = "computes other values"
     except Exception as error:  # the network's own code can raise anything
         cause = f"fails ({one_line(error)})"
-    node = first_difference(compact, original, inputs, dtype, tolerance)
+    node = first_difference(compact, original, inputs, check_dtype, tolerance)
     message = f"with fewer channels, {name_of(node)} {cause}"
     raise ExperimentError(f"{message}; {advice(node, modules)}")
 
@@ -839,10 +854,10 @@ def all_equal(output, expected, tolerance: float) -> bool:
 
 
 def equal(value, wanted, tolerance: float) -> bool:
-    """Whether two values are equal; numbers of tensors, up to a share of themselves.
+    """Whether two values are equal, tensors up to rounding.
 
-    Numbers below the median may differ by the share of the median. The largest number would be a
-    bad measure: it can be a mask's, such as -1e9 or infinity.
+    The numbers of a tensor may differ by `tolerance` times the wanted number plus `tolerance` times
+    the median. The largest number would be a bad measure: it can be that of a mask, such as -1e9.
     """
     if not isinstance(wanted, Tensor):
         return value == wanted
@@ -861,7 +876,7 @@ def first_difference(compact, original, inputs, dtype, tolerance: float) -> torc
     """The first node of the graph where the pruned copy fails or computes other values."""
     original.garbage_collect_values = False  # so that env keeps the values of all nodes
     original.run(*converted(inputs, dtype))
-    # The layers of the copy, along the graph of the original.
+    # Run the graph of the original with the layers of the copy.
     pruned = torch.fx.Interpreter(compact, garbage_collect_values=False, graph=original.graph)
     with contextlib.suppress(Exception):  # a node where it fails has no value
         pruned.run(*converted(inputs, dtype))
@@ -920,8 +935,9 @@ def as_frame(rows: list[dict]):
 
     whole_numbers = ["seed", "epochs", "parameters", "macs", "train_images", "test_images"]
     numbers = ["sparsity", "accuracy_before", "accuracy", "training_seconds"]
-    types = {**dict.fromkeys(whole_numbers, int), **dict.fromkeys(numbers, float)}
-    frame = pd.DataFrame(rows).astype(types)
+    frame = pd.DataFrame(rows)
+    frame = frame.astype(dict.fromkeys(whole_numbers, int))
+    frame = frame.astype(dict.fromkeys(numbers, float))
     for setting in fields(Settings):
         values = frame[setting.name].unique()
         if len(values) > 1:
@@ -934,8 +950,9 @@ def as_frame(rows: list[dict]):
         if models["baseline_id"].nunique() > 1:
             raise ValueError(f"the runs differ: seed {seed} has different baselines")
     # The trials of an NNI experiment start from one baseline, and each of them evaluates it. One of
-    # these rows is enough.
-    baselines = frame[is_baseline].drop_duplicates("seed")
+    # these rows is enough: that of the training, if there is one.
+    baselines = frame[is_baseline].sort_values("training_seconds", key=pd.isna, kind="stable")
+    baselines = baselines.drop_duplicates("seed")
     # Two files can hold the same row. But two rows of one model that differ are an error.
     others = frame[~is_baseline].drop_duplicates(["name", "seed", "accuracy"])
     repeated = others[others.duplicated(["name", "seed"])]
@@ -972,7 +989,7 @@ def read_results(paths: list[Path]) -> tuple[str, list[dict]]:
                     raise TypeError("its heading is not text")
                 headings.append(run["heading"])
                 rows.extend(run["rows"])
-            as_frame(rows)
+            as_frame(rows)  # raises ValueError if they do not fit
         except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise ExperimentError(
                 f"{path} is not a results.json of this script or an export of its NNI trials,"
@@ -1066,21 +1083,21 @@ def results_table(frame) -> str:
 
     baselines = frame[frame["kind"] == "baseline"].set_index("seed")
     lines = []
-    for name, model in frame.set_index("seed").groupby("name", sort=False):
-        baseline = baselines.loc[model.index]  # of the same seeds
-        gain = (model["accuracy"] - baseline["accuracy"]).mean()
-        parameters = model["parameters"].iloc[0]
+    for name, model_rows in frame.set_index("seed").groupby("name", sort=False):
+        baseline = baselines.loc[model_rows.index]  # of the same seeds
+        gain = (model_rows["accuracy"] - baseline["accuracy"]).mean()
+        parameters = model_rows["parameters"].iloc[0]
         fewer = baseline["parameters"].iloc[0] / parameters
-        faster = baseline["training_seconds"].mean() / model["training_seconds"].mean()
+        faster = baseline["training_seconds"].mean() / model_rows["training_seconds"].mean()
         line = {
             "model": name,
-            "before\ntuning, %": mean_and_deviation(model["accuracy_before"], 2),
-            "accuracy\n%": mean_and_deviation(model["accuracy"], 2),
+            "before\ntuning, %": mean_and_deviation(model_rows["accuracy_before"], 2),
+            "accuracy\n%": mean_and_deviation(model_rows["accuracy"], 2),
             "pp to\nbaseline": f"{gain:+.2f}",
             "parameters": f"{parameters:,}",
             "times\nfewer": f"{fewer:.1f}x",
-            "MACs per\nimage": f"{model['macs'].iloc[0]:,}",
-            "training\ntime, s": mean_and_deviation(model["training_seconds"], 1),
+            "MACs per\nimage": f"{model_rows['macs'].iloc[0]:,}",
+            "training\ntime, s": mean_and_deviation(model_rows["training_seconds"], 1),
             "times\nfaster": "" if math.isnan(faster) else f"{faster:.1f}x",
         }
         lines.append(line)
@@ -1088,7 +1105,7 @@ def results_table(frame) -> str:
 
 
 def smallest_visible_difference(frame) -> float:
-    """Percentage points by which the accuracies of two models must differ, with a single seed.
+    """Percentage points. With a single seed, a smaller difference of two models can be chance.
 
     The half width of the 95 % interval of the difference of two proportions, with one right and one
     wrong image added to each (Agresti and Caffo 2000). So it is not 0 if all images are right.
@@ -1120,8 +1137,8 @@ def report(frame) -> str:
         )
     if seeds_share_a_baseline(frame):
         parts.append(
-            "All seeds start from one baseline. So the table does not show how baselines differ,\n"
-            "there is no verdict against it, and all verdicts are about its pruned models only."
+            "Several seeds start from one baseline. So the table does not show how baselines\n"
+            "differ, no verdict compares a model with it, and the others hold for it only."
         )
     return "\n\n".join(parts)
 
@@ -1133,8 +1150,9 @@ def draw(frame, path: Path) -> None:
     """Draw each model's accuracies and training time, next to the baseline's, as a PNG file."""
     from matplotlib.figure import Figure  # pyplot would look for a screen
 
-    models = [model for _, model in frame.groupby("name", sort=False)]
-    models.sort(key=lambda model: -model["parameters"].iloc[0])  # equal sizes stay in order
+    models = [model_rows for _, model_rows in frame.groupby("name", sort=False)]
+    # The large ones first; equal sizes stay in their order.
+    models.sort(key=lambda model_rows: model_rows["parameters"].iloc[0], reverse=True)
     figure = Figure(figsize=(9, 0.8 + 0.45 * len(models)), dpi=160, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
 
@@ -1142,20 +1160,21 @@ def draw(frame, path: Path) -> None:
     baseline_accuracy = baselines["accuracy"].mean()
     left.axvspan(baseline_accuracy - TOLERANCE, baseline_accuracy, color="#e8e8e8")
     labels = []
-    for position, model in enumerate(models):
-        first_row = model.iloc[0]
+    for position, model_rows in enumerate(models):
+        first_row = model_rows.iloc[0]
         color = COLORS.get(first_row["pruner"], "#595959")  # grey: not pruned
         labels.append(f"{first_row['name']}\n{first_row['parameters']:,} parameters")
 
-        accuracy = model["accuracy"]
+        accuracy = model_rows["accuracy"]
         deviation = accuracy.std() if len(accuracy) > 1 else None
         left.plot(accuracy, [position] * len(accuracy), "o", color=color, alpha=0.35)
         left.errorbar(accuracy.mean(), position, xerr=deviation, fmt="D", color=color, capsize=4)
 
         earlier_seconds = 0.0
         if first_row["kind"] in ("pruned", "trained_on"):  # the baseline was trained before it
-            earlier_seconds = baselines["training_seconds"].loc[model["seed"]].fillna(0).mean()
-        seconds = model["training_seconds"].mean()
+            baseline_seconds = baselines["training_seconds"].loc[model_rows["seed"]]
+            earlier_seconds = baseline_seconds.fillna(0).mean()  # 0: it was given, not trained
+        seconds = model_rows["training_seconds"].mean()
         if math.isnan(seconds):
             continue  # a given baseline: this run did not train it
         right.barh(position, earlier_seconds, color="#cccccc")
@@ -1200,20 +1219,28 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     option = parser.add_argument
-    shown = "(default: %(default)s)"
-    option("--data-dir", type=Path, default="data", help=f"MNIST's folder {shown}")
+    default_text = "(default: %(default)s)"
+    option("--data-dir", type=Path, default="data", help=f"MNIST's folder {default_text}")
     option("--dataset", choices=("mnist", "digits"), help="default: mnist; digits if it is missing")
-    option("--checkpoint-dir", type=Path, default="checkpoints", help=f"for all results {shown}")
+    option(
+        "--checkpoint-dir", type=Path, default="checkpoints", help=f"for all results {default_text}"
+    )
     option("--epochs", type=int, help=f"of the baseline (default: {EPOCHS})")
     option("--finetune-epochs", type=int, help="of each pruned model (default: like --epochs)")
     option("--batch-size", type=int, help=f"in images (default: {BATCH_SIZE})")
-    option("--lr", type=float, default=LEARNING_RATE, help=f"peak learning rate {shown}")
-    option("--sparsity", type=float, nargs="+", default=SPARSITIES, help=f"of channels {shown}")
-    option("--pruner", nargs="+", choices=PRUNERS, default=PRUNERS, help=f"to compare {shown}")
+    option("--lr", type=float, default=LEARNING_RATE, help=f"peak learning rate {default_text}")
+    option(
+        "--sparsity", type=float, nargs="+", default=SPARSITIES, help=f"of channels {default_text}"
+    )
+    option(
+        "--pruner", nargs="+", choices=PRUNERS, default=PRUNERS, help=f"to compare {default_text}"
+    )
     option("--subset", type=int, metavar="N", help="use only N training and N/6 test images")
-    option("--seeds", "--seed", type=int, nargs="+", default=[0], help=f"a run for each {shown}")
+    option(
+        "--seeds", "--seed", type=int, nargs="+", default=[0], help=f"a run for each {default_text}"
+    )
     option("--controls", action="store_true", help="add models to compare with: see the README")
-    option("--device", choices=("cpu", "auto", "cuda", "mps"), default="cpu", help=shown)
+    option("--device", choices=("cpu", "auto", "cuda", "mps"), default="cpu", help=default_text)
     option("--baseline", type=Path, metavar="PTH", help="a saved baseline to start from")
     option("--report", type=Path, nargs="+", metavar="JSON", help="only show earlier results")
 
@@ -1244,7 +1271,8 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
 
 def trial_arguments(parser: argparse.ArgumentParser) -> list[str]:
     """The parameters of an NNI trial as arguments; a boolean sets or leaves out a flag."""
-    known = [*vars(parser.parse_args([])), "seed"]
+    known = list(vars(parser.parse_args([])))  # the names of all options
+    known.append("seed")  # the other name of --seeds
     arguments = []
     # NNI hands out the parameters of the next trial at each call, so call it only once.
     parameters = import_nni().get_next_parameter() or {}
@@ -1308,11 +1336,12 @@ def epochs_of(path: Path, dataset: str, train_images: int) -> int:
     """The epochs of a saved baseline. Raises ExperimentError if it was trained on other data."""
     about = load_model(path).about
     expected = {"name": "baseline", "dataset": dataset, "train_images": train_images}
-    if not expected.items() <= about.items():
-        raise ExperimentError(
-            f"{path} is not a baseline that this script trained on {train_images:,} images of"
-            f" {dataset}; --dataset and --subset must be those of its training"
-        )
+    for key, value in expected.items():
+        if about.get(key) != value:
+            raise ExperimentError(
+                f"{path} is not a baseline that this script trained on {train_images:,} images of"
+                f" {dataset}; --dataset and --subset must be those of its training"
+            )
     return about["epochs"]
 
 
@@ -1377,7 +1406,7 @@ def new_row(
 def train_evaluate_save(run: Run, model: CNN, row: dict, folder: Path, after_epoch=None) -> None:
     """Train a model for the epochs in its row, fill in the row's results, and save both.
 
-    The file is called like the row: "baseline.pth", for example.
+    The file has the name of the row: "baseline.pth", for example.
     """
     model.to(run.device, memory_format=torch.channels_last)  # the faster layout
     row["training_seconds"] = train(
@@ -1437,7 +1466,8 @@ def train_controls(run, baseline_path, models_dir, widths_by_sparsity: dict, see
     train_evaluate_save(run, model, row, models_dir)
     yield row
 
-    # Train as long as the baseline and the fine-tuning together, and as the fine-tuning alone.
+    # Train each network twice: for the epochs of baseline and fine-tuning together, and for the
+    # epochs of the fine-tuning alone.
     lengths = (run.settings.baseline_epochs + epochs, epochs)
     for sparsity, length in product(widths_by_sparsity, lengths):
         torch.manual_seed(seed)
@@ -1460,7 +1490,7 @@ def report_trial(rows: list[dict], heading: str) -> None:
     """Hand NNI the result of a trial: the row of its pruned model, and all its rows."""
     nni = import_nni()
     (row,) = [row for row in rows if row["kind"] == "pruned"]
-    # If two trials start together, NNI 3.0 can record the parameters of one at the other. So the
+    # If two trials start together, NNI 3.0 can record the parameters of one for the other. So the
     # result has the trial's own parameters, and NNI's exported CSV shows those.
     parameters = nni.get_current_parameter() or {}
     result = {**row, **parameters, "heading": heading, "rows": rows, "default": row["accuracy"]}
@@ -1480,7 +1510,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     run = prepare_run(args)
     description = describe(run, args)
     # After each epoch, a trial reports an accuracy to NNI, whose assessor may stop the trial. It is
-    # that on the training images: the test images must not decide anything.
+    # the accuracy on training images, because the test images must not decide anything.
     after_epoch = nni.report_intermediate_result if args.is_trial else None
 
     rows = []

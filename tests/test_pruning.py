@@ -466,6 +466,13 @@ def test_a_network_that_changes_its_input_in_place():
     compact = script.prune(net, "L1NormPruner", 0.5, images, "fc")
     assert len(compact.a.weight) == 8
     assert images.equal(IMAGES)
+    # Each run of the network has its own copy: a second change would give the number -1.
+    net = NetOfTwoInputs(lambda net, x, y: net.fc(net.e(x.sub_(1)) + mean(net.b(net.a(y)))))
+    net.e = nn.Embedding(9, 16)
+    words = torch.arange(1, 9)
+    compact = script.prune(net, "L1NormPruner", 0.5, (words, images), "fc")
+    assert len(compact.a.weight) == 8
+    assert words.equal(torch.arange(1, 9))
 
 
 def with_zeros() -> Net:
@@ -509,7 +516,7 @@ REFUSED = {
         lambda: Net(norm_of_two, norm=nn.BatchNorm2d(16), d=conv(3, padding=1)),
         r"layer norm is called twice: .*name it in keep",
     ),
-    "tied": (tied_net, r"layers b and c share a parameter: .*name it in keep"),
+    "tied": (tied_net, r"layers b and c share a parameter: .*name them in keep"),
     "not the output": (lambda: Net(lambda net, x: net.b(net.a(x))), "layer b computes the output"),
     "softmax over channels": (
         lambda: Net(lambda net, x: net.fc(mean(net.b(net.a(x).softmax(1))))),
