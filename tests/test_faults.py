@@ -106,6 +106,7 @@ def saved_baseline(call, tmp_path) -> Path:
 
 def test_an_unfit_baseline_is_named(saved_baseline, fails, tmp_path):
     content = torch.load(saved_baseline, weights_only=True)
+    pruned = saved_baseline.with_name("L1NormPruner_0.5.pth")
     bad = tmp_path / "bad.pth"
     weights = content["state_dict"]
     for spoil in (
@@ -116,9 +117,7 @@ def test_an_unfit_baseline_is_named(saved_baseline, fails, tmp_path):
         lambda: torch.save({**content, "state_dict": dict([*weights.items()][:-1])}, bad),
         lambda: torch.save({**content, "dataset": "mnist"}, bad),
         lambda: torch.save({**content, "train_images": 60_000}, bad),
-        lambda: shutil.copy(
-            saved_baseline.with_name("L1NormPruner_0.5.pth"), bad
-        ),  # is pruned already
+        lambda: shutil.copy(pruned, bad),
     ):
         bad.unlink(missing_ok=True)
         spoil()
@@ -304,6 +303,7 @@ def test_ctrl_c_keeps_what_is_ready(tmp_path):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment(), **pipes)
     watchdog = threading.Timer(TIMEOUT, process.kill)
+    watchdog.daemon = True  # it must not keep pytest from ending
     watchdog.start()
     shown = ""
     while not re.search(r" [1-9]\d*/1000000 ", shown):  # an epoch of fine-tuning is over
