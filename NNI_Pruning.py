@@ -30,6 +30,7 @@ import sys
 import timeit
 import traceback
 import warnings
+from collections import defaultdict
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from itertools import product
@@ -211,23 +212,23 @@ def load_small_digits():
     return [(images[part], labels[part]) for part in parts]
 
 
-def load_data(name: str | None, data_dir: Path, subset: int | None):
+def load_data(requested: str | None, data_dir: Path, subset: int | None):
     """Load "mnist" or "digits". None means MNIST, or the digits if it cannot be downloaded.
 
-    Returns the name, (images, labels) for training and (images, labels) for testing. Images are
-    uint8 (N, 28, 28). Training images have MAX_SHIFT more pixels of background on each side:
+    Returns the name of the dataset, (images, labels) for training, and the same for testing. Images
+    are uint8 (N, 28, 28). Training images have MAX_SHIFT more pixels of background on each side:
     `train` cuts 28 x 28 pixels at a random place, which shifts the image. Labels are int64 (N,).
     With `subset`, there are that many training images and a sixth as many test images, the same for
     every seed.
 
     Raises ExperimentError if MNIST cannot be read, or is asked for and cannot be downloaded.
     """
-    dataset = name or "mnist"
+    dataset = requested or "mnist"
     if dataset == "mnist":
         try:
             training, testing = load_mnist(data_dir)
         except MissingDataError as error:
-            if name == "mnist":
+            if requested == "mnist":
                 raise
             print(f"{error}. Using scikit-learn's digits instead.", file=sys.stderr)
             dataset = "digits"
@@ -488,8 +489,8 @@ def prune(
         raise ExperimentError("every layer is in keep, or comes before one that keeps its channels")
     compact, output_masks = run_nni(network, modules, traced, inputs, dtype, pruner, configs)
 
-    # NNI makes every layer anew. Put back those that lost nothing. Layers that share a parameter
-    # are among them, and so still share it.
+    # NNI makes every layer anew. Put back the layers, and whole blocks, that lost nothing. Layers
+    # that share a parameter are among them, and so still share it.
     for name, module in modules.items():
         if name and shapes_of(module) == shapes_of(compact.get_submodule(name)):
             compact.set_submodule(name, module)
@@ -618,6 +619,7 @@ def trace(network: nn.Module, modules, inputs, dtype, keep: list[str]) -> torch.
             return traced
         except Exception as error:  # the network's own code again
             errors.append(error)
+    # The first error names the cause: the second can be about a block in keep.
     message = f"torch.fx cannot trace {place_and_error(errors[0], modules)}"
     raise ExperimentError(f"{message}; {advice(None, modules)}") from errors[0]
 
@@ -633,10 +635,10 @@ def shared_layers(traced: torch.fx.GraphModule, modules: dict[str, nn.Module]) -
             times = "twice" if calls == 2 else f"{calls} times"
             reason = f"layer {name} is called {times}: NNI masks it for one call only"
             reasons[name] = f"{reason}; name it in keep"
-    layers_by_parameter = {}
+    layers_by_parameter = defaultdict(list)
     for parameter_name, parameter in modules[""].named_parameters(remove_duplicate=False):
         layer_name = parameter_name.rpartition(".")[0]
-        layers_by_parameter.setdefault(parameter, []).append(layer_name)
+        layers_by_parameter[parameter].append(layer_name)
     for names in layers_by_parameter.values():
         if len(names) > 1:
             layers = " and ".join(names)
@@ -669,8 +671,8 @@ def layers_to_keep(traced, modules: dict[str, nn.Module], keep: list[str], share
         if node.op == "call_module":
             layer = modules[node.target]
             # NNI does not know subclasses, such as one of Conv2d.
-            is_narrowable = type(layer) in NARROWABLE or not has_parameters(layer)
-            if not is_narrowable or node.target in shared:
+            is_unknown = has_state(layer) and type(layer) not in NARROWABLE
+            if is_unknown or node.target in shared:
                 names.append(node.target)
                 names.extend(layers_before(node, modules))
     return sorted(set(names))
@@ -683,13 +685,13 @@ def dissolve_mixed_groups(configs: list[dict], modules: dict[str, nn.Module]) ->
     """
     # NNI makes a config of its own for each layer in a group.
     in_groups = [config for config in configs if "dependency_group_id" in config]
-    shapes_by_group = {}
+    kinds_by_group = defaultdict(set)
     for config in in_groups:
         weight = modules[config["op_names"][0]].weight
-        shapes = shapes_by_group.setdefault(config["dependency_group_id"], set())
-        shapes.add((weight.dim(), len(weight)))
+        kind = (weight.dim(), len(weight))
+        kinds_by_group[config["dependency_group_id"]].add(kind)
     for config in in_groups:
-        if len(shapes_by_group[config["dependency_group_id"]]) > 1:
+        if len(kinds_by_group[config["dependency_group_id"]]) > 1:
             del config["dependency_group_id"]
 
 
@@ -697,8 +699,7 @@ def names_inside(blocks: list[str], modules: dict[str, nn.Module]) -> list[str]:
     """The names of the blocks and of all layers in them."""
     names = []
     for name in modules:
-        # The dots tell block "conv1" from layer "conv10".
-        if any(f"{name}.".startswith(f"{block}.") for block in blocks):
+        if any(name == block or name.startswith(f"{block}.") for block in blocks):
             names.append(name)
     return names
 
@@ -707,7 +708,8 @@ def shapes_of(module: nn.Module) -> list[torch.Size]:
     return [value.shape for value in module.state_dict().values()]
 
 
-def has_parameters(module: nn.Module) -> bool:
+def has_state(module: nn.Module) -> bool:
+    """Whether a module has parameters or buffers."""
     return len(shapes_of(module)) > 0
 
 
@@ -736,7 +738,7 @@ def passes_channels_on(node: torch.fx.Node, modules: dict[str, nn.Module]) -> bo
     if node.op != "call_module":
         return True
     layer = modules[node.target]
-    return isinstance(layer, CHANNELWISE) or not has_parameters(layer)
+    return isinstance(layer, CHANNELWISE) or not has_state(layer)
 
 
 def one_line(error: Exception) -> str:
@@ -755,13 +757,14 @@ def place_and_error(error: Exception, modules: dict[str, nn.Module]) -> str:
     names = {id(module): f"layer {name}" for name, module in modules.items() if name}
     place = "the network"
     for value in values_of_variable("self", error):  # in the code of a layer, self is the layer
-        place = names.get(id(value), place)
+        if id(value) in names:
+            place = names[id(value)]  # the innermost layer comes last
     return f"{place} ({one_line(error)})"
 
 
 def node_of(error: Exception) -> torch.fx.Node | None:
     """The node of the graph on which NNI worked when it raised an error."""
-    values = values_of_variable("node", error)
+    values = values_of_variable("node", error)  # as NNI's functions call it
     nodes = [value for value in values if isinstance(value, torch.fx.Node)]
     return nodes[-1] if nodes else None
 
@@ -793,8 +796,10 @@ class WithRemovedChannelsZero(torch.fx.Interpreter):
         self.masks = masks
 
     def run_node(self, node: torch.fx.Node):
-        layer = self.fetch_attr(node.target) if node.op == "call_module" else None
-        if not isinstance(layer, NARROWABLE) or not node.args:
+        if node.op != "call_module" or not node.args:
+            return super().run_node(node)
+        layer = self.fetch_attr(node.target)
+        if not isinstance(layer, NARROWABLE):
             return super().run_node(node)
         axis = -1 if isinstance(layer, nn.Linear) else 1
         arguments, options = self.fetch_args_kwargs_from_env(node)
@@ -804,7 +809,8 @@ class WithRemovedChannelsZero(torch.fx.Interpreter):
 
     def with_zeros(self, value: Tensor, node: torch.fx.Node, axis: int) -> Tensor:
         remaining = remaining_channels(self.masks[node], axis)
-        return (value.movedim(axis, -1) * remaining).movedim(-1, axis)
+        channels_last = value.movedim(axis, -1) * remaining
+        return channels_last.movedim(-1, axis)
 
 
 def remaining_channels(mask: Tensor, axis: int) -> Tensor:
@@ -831,13 +837,15 @@ def check_pruned(compact, traced, modules, masks: dict, inputs, dtype: torch.dty
         check_dtype = dtype
         tolerance = 1e-4
     compact.to(check_dtype)
+    cause = "computes other values"
+    is_right = False
     try:
         output = compact(*converted(inputs, check_dtype))
-        if all_equal(output, expected, tolerance):
-            return
-        cause = "computes other values"
+        is_right = all_equal(output, expected, tolerance)
     except Exception as error:  # the network's own code can raise anything
         cause = f"fails ({one_line(error)})"
+    if is_right:
+        return
     node = first_difference(compact, original, inputs, check_dtype, tolerance)
     message = f"with fewer channels, {name_of(node)} {cause}"
     raise ExperimentError(f"{message}; {advice(node, modules)}")
@@ -865,9 +873,9 @@ def equal(value, wanted, tolerance: float) -> bool:
         return False
     if not (wanted.is_floating_point() or wanted.is_complex()):
         return torch.equal(value, wanted)
-    sizes = wanted.abs()
-    sizes = sizes[sizes.isfinite() & (sizes > 0)]
-    median = float(sizes.median()) if len(sizes) else 0.0
+    magnitudes = wanted.abs()
+    magnitudes = magnitudes[magnitudes.isfinite() & (magnitudes > 0)]
+    median = float(magnitudes.median()) if len(magnitudes) else 0.0
     value = value.to(wanted.dtype)
     return torch.allclose(value, wanted, rtol=tolerance, atol=tolerance * median)
 
@@ -883,11 +891,13 @@ def first_difference(compact, original, inputs, dtype, tolerance: float) -> torc
     for node in original.graph.nodes:
         wanted = original.env[node]
         value = pruned.env.get(node)
-        if isinstance(wanted, Tensor):
-            if isinstance(value, Tensor):
-                wanted = without_removed(wanted, value.shape, original.masks[node])
-            if not equal(value, wanted, tolerance):
-                return node
+        if not isinstance(wanted, Tensor):
+            continue
+        if not isinstance(value, Tensor):
+            return node
+        wanted = without_removed(wanted, value.shape, original.masks[node])
+        if not equal(value, wanted, tolerance):
+            return node
     return original.graph.output_node()
 
 
@@ -950,7 +960,7 @@ def as_frame(rows: list[dict]):
         if models["baseline_id"].nunique() > 1:
             raise ValueError(f"the runs differ: seed {seed} has different baselines")
     # The trials of an NNI experiment start from one baseline, and each of them evaluates it. One of
-    # these rows is enough: that of the training, if there is one.
+    # these rows is enough. Rows with a training time come first, and the first row stays.
     baselines = frame[is_baseline].sort_values("training_seconds", key=pd.isna, kind="stable")
     baselines = baselines.drop_duplicates("seed")
     # Two files can hold the same row. But two rows of one model that differ are an error.
@@ -979,11 +989,11 @@ def read_results(paths: list[Path]) -> tuple[str, list[dict]]:
     rows = []
     for path in paths:
         try:
-            runs = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(runs, list):  # exported trials: each value is what the trial reported
-                runs = [json.loads(trial["value"]) for trial in runs]
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(content, list):  # exported trials: each value is what the trial reported
+                runs = [json.loads(trial["value"]) for trial in content]
             else:
-                runs = [runs]
+                runs = [content]
             for run in runs:
                 if not isinstance(run["heading"], str):
                     raise TypeError("its heading is not text")
@@ -1053,7 +1063,9 @@ def verdicts(frame) -> list[dict]:
         answer = "cannot tell"
         if differences.nunique() > 1:  # equal differences would give an interval of width 0
             standard_error = differences.sem()
-            low, high = map(float, stats.t.interval(0.95, seeds - 1, mean, standard_error))
+            interval = stats.t.interval(0.95, df=seeds - 1, loc=mean, scale=standard_error)
+            low = float(interval[0])
+            high = float(interval[1])
             if low > -tolerance:
                 answer = "yes"
             elif high < -tolerance:
@@ -1073,8 +1085,13 @@ def verdicts(frame) -> list[dict]:
 # --------------------------------------------------------------------------------- report
 def mean_and_deviation(values, digits: int) -> str:
     """Mean ± standard deviation; of one value, the value; of no value, an empty string."""
-    numbers = (values.mean(), values.std())
-    return " ± ".join(f"{number:.{digits}f}" for number in numbers if not math.isnan(number))
+    values = values.dropna()
+    if len(values) == 0:
+        return ""
+    mean = f"{values.mean():.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {values.std():.{digits}f}"
 
 
 def results_table(frame) -> str:
@@ -1303,7 +1320,9 @@ def prepare_folder(checkpoint_dir: Path) -> Path:
 
     Raises ExperimentError if nothing can be written there.
     """
-    folder = checkpoint_dir / os.environ.get("NNI_TRIAL_JOB_ID", "")
+    folder = checkpoint_dir
+    if "NNI_TRIAL_JOB_ID" in os.environ:
+        folder = checkpoint_dir / os.environ["NNI_TRIAL_JOB_ID"]
     write(folder / ".writable", b"")
     (folder / ".writable").unlink()
     return folder
