@@ -179,6 +179,7 @@ def load_mnist(data_dir: Path):
     try:
         for is_train in (True, False):
             part = MNIST(data_dir, train=is_train, download=True)
+            # torchvision does not check this. The handler below turns it into a message.
             if part.data.shape != (len(part.targets), 28, 28):
                 raise ValueError("there is not one label for each image of 28 x 28 pixels")
             if part.targets.max() > 9:
@@ -473,7 +474,7 @@ def prune(
     network, inputs, dtype = copy_for_pruning(model, example_input)
     modules = dict(network.named_modules(remove_duplicate=False))  # by name; "" is the network
     traced = trace(network, modules, inputs, dtype, keep)
-    shared = shared_layers(traced, modules)
+    shared = {**layers_called_again(traced, modules), **layers_sharing_parameters(network)}
     check_keep(traced, modules, keep, shared)
 
     config = {
@@ -536,9 +537,13 @@ def run_nni(network: nn.Module, modules, traced, inputs, dtype, pruner: str, con
             # For a network with `x.size()`, NNI deletes this attribute, but never sets it.
             for info in speedup.node_infos.values():
                 info._output_randomize = None
+
             # NNI follows a value if this returns True. Its own method leaves out values with a
             # single number for each example, such as the output of a layer with one channel.
-            speedup.tensor_propagate_check = lambda tensor: tensor.numel() % speedup.batch_size == 0
+            def has_numbers_for_each_example(value: Tensor) -> bool:
+                return value.numel() % speedup.batch_size == 0
+
+            speedup.tensor_propagate_check = has_numbers_for_each_example
             compact = speedup.speedup_model().eval()
     except Exception as error:  # NNI raises errors of many kinds
         node = node_of(error)
@@ -601,8 +606,6 @@ def trace(network: nn.Module, modules, inputs, dtype, keep: list[str]) -> torch.
 
     If torch.fx cannot look inside all blocks, those in `keep` become single nodes of the graph.
     """
-    from torch.fx.passes.shape_prop import ShapeProp
-
     try:
         with torch.no_grad():
             network(*converted(inputs, dtype))
@@ -610,22 +613,30 @@ def trace(network: nn.Module, modules, inputs, dtype, keep: list[str]) -> torch.
         shapes = " and ".join(str(tuple(value.shape)) for value in inputs)
         message = f"example_input {shapes} does not fit {place_and_error(error, modules)}"
         raise ExperimentError(message) from error
-    errors = []
-    for blocks in ([], keep):  # the second only if torch.fx fails with the first
-        try:
-            traced = torch.fx.GraphModule(network, BlockTracer(blocks).trace(network))
-            with contextlib.redirect_stderr(io.StringIO()):  # ShapeProp prints tracebacks
-                ShapeProp(traced).propagate(*converted(inputs, dtype))
-            return traced
-        except Exception as error:  # the network's own code again
-            errors.append(error)
-    # The first error names the cause: the second can be about a block in keep.
-    message = f"torch.fx cannot trace {place_and_error(errors[0], modules)}"
-    raise ExperimentError(f"{message}; {advice(None, modules)}") from errors[0]
+    try:
+        return graph_with_shapes(network, [], converted(inputs, dtype))
+    except Exception as error:  # as above
+        first_error = error
+    try:
+        return graph_with_shapes(network, keep, converted(inputs, dtype))
+    except Exception as error:
+        # The first error names the cause. The second can be about a block in keep.
+        message = f"torch.fx cannot trace {place_and_error(first_error, modules)}"
+        raise ExperimentError(f"{message}; {advice(None, modules)}") from error
 
 
-def shared_layers(traced: torch.fx.GraphModule, modules: dict[str, nn.Module]) -> dict[str, str]:
-    """The layers whose parameters are used more than once; for each, why `keep` must name it."""
+def graph_with_shapes(network: nn.Module, blocks: list[str], inputs) -> torch.fx.GraphModule:
+    """A network with its torch.fx graph, in which the named blocks are single nodes."""
+    from torch.fx.passes.shape_prop import ShapeProp
+
+    traced = torch.fx.GraphModule(network, BlockTracer(blocks).trace(network))
+    with contextlib.redirect_stderr(io.StringIO()):  # ShapeProp prints tracebacks
+        ShapeProp(traced).propagate(*inputs)
+    return traced
+
+
+def layers_called_again(traced: torch.fx.GraphModule, modules) -> dict[str, str]:
+    """The layers that `forward` calls more than once; for each, why `keep` must name it."""
     reasons = {}
     called = [node.target for node in traced.graph.nodes if node.op == "call_module"]
     for name in called:
@@ -635,8 +646,14 @@ def shared_layers(traced: torch.fx.GraphModule, modules: dict[str, nn.Module]) -
             times = "twice" if calls == 2 else f"{calls} times"
             reason = f"layer {name} is called {times}: NNI masks it for one call only"
             reasons[name] = f"{reason}; name it in keep"
+    return reasons
+
+
+def layers_sharing_parameters(network: nn.Module) -> dict[str, str]:
+    """The layers that have a parameter in common; for each, why `keep` must name it."""
+    reasons = {}
     layers_by_parameter = defaultdict(list)
-    for parameter_name, parameter in modules[""].named_parameters(remove_duplicate=False):
+    for parameter_name, parameter in network.named_parameters(remove_duplicate=False):
         layer_name = parameter_name.rpartition(".")[0]
         layers_by_parameter[parameter].append(layer_name)
     for names in layers_by_parameter.values():
