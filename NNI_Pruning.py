@@ -179,7 +179,7 @@ def load_mnist(data_dir: Path):
     try:
         for is_train in (True, False):
             part = MNIST(data_dir, train=is_train, download=True)
-            # torchvision does not check this. The handler below turns it into a message.
+            # torchvision does not check this. The except below makes it a message.
             if part.data.shape != (len(part.targets), 28, 28):
                 raise ValueError("there is not one label for each image of 28 x 28 pixels")
             if part.targets.max() > 9:
@@ -209,8 +209,8 @@ def load_small_digits():
     images = F.pad(images, (4, 4, 4, 4)).squeeze(1)  # 20 x 20 in a frame of 28 x 28, as MNIST
     labels = torch.tensor(labels)
     indices = torch.arange(len(labels))
-    parts = train_test_split(indices, test_size=0.2, random_state=0, stratify=labels)
-    return [(images[part], labels[part]) for part in parts]
+    index_parts = train_test_split(indices, test_size=0.2, random_state=0, stratify=labels)
+    return [(images[part], labels[part]) for part in index_parts]
 
 
 def load_data(requested: str | None, data_dir: Path, subset: int | None):
@@ -240,7 +240,8 @@ def load_data(requested: str | None, data_dir: Path, subset: int | None):
         training = random_part(training, subset, generator)
         testing = random_part(testing, max(1, subset // 6), generator)
     images, labels = training
-    return dataset, (F.pad(images, [MAX_SHIFT] * 4), labels), testing
+    training = (F.pad(images, [MAX_SHIFT] * 4), labels)
+    return dataset, training, testing
 
 
 def random_part(data, size: int, generator: torch.Generator):
@@ -474,7 +475,8 @@ def prune(
     network, inputs, dtype = copy_for_pruning(model, example_input)
     modules = dict(network.named_modules(remove_duplicate=False))  # by name; "" is the network
     traced = trace(network, modules, inputs, dtype, keep)
-    shared = {**layers_called_again(traced, modules), **layers_sharing_parameters(network)}
+    shared = layers_called_again(traced, modules)
+    shared.update(layers_sharing_parameters(network))
     check_keep(traced, modules, keep, shared)
 
     config = {
@@ -569,7 +571,8 @@ def copy_for_pruning(model: nn.Module, example_input):
     if isinstance(network, CNN):
         vars(network).pop("about", None)  # from load_model; it describes the unpruned model
     dtype = torch.float32
-    for name, value in (*network.named_parameters(), *network.named_buffers()):
+    tensors = [*network.named_parameters(), *network.named_buffers()]
+    for name, value in tensors:
         if value.is_complex():
             raise ExperimentError(f"{name} is complex: NNI prunes networks of real numbers only")
         if value.dtype == torch.float64:
@@ -586,8 +589,13 @@ def converted(inputs: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, .
 
     A network may change its input in place. So each run of a network needs its own copies.
     """
-    copies = [value.detach().cpu().clone() for value in inputs]
-    return tuple(value.to(dtype) if value.is_floating_point() else value for value in copies)
+    copies = []
+    for value in inputs:
+        value_copy = value.detach().cpu().clone()
+        if value_copy.is_floating_point():
+            value_copy = value_copy.to(dtype)
+        copies.append(value_copy)
+    return tuple(copies)
 
 
 class BlockTracer(torch.fx.Tracer):
@@ -764,7 +772,7 @@ def one_line(error: Exception) -> str:
 
 
 def values_of_variable(name: str, error: Exception) -> list:
-    """What a local variable held in each function that an error passed, the innermost last."""
+    """What a local variable holds in each frame of an error's traceback, the innermost last."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return [frame.f_locals[name] for frame in frames if name in frame.f_locals]
 
@@ -789,7 +797,9 @@ def node_of(error: Exception) -> torch.fx.Node | None:
 def name_of(node: torch.fx.Node | None) -> str:
     if node is None:
         return "the network"
-    return f"layer {node.target}" if node.op == "call_module" else f"`{node.name}` in forward"
+    if node.op == "call_module":
+        return f"layer {node.target}"
+    return f"`{node.name}` in forward"
 
 
 def advice(node: torch.fx.Node | None, modules: dict[str, nn.Module]) -> str:
@@ -826,8 +836,8 @@ class WithRemovedChannelsZero(torch.fx.Interpreter):
 
     def with_zeros(self, value: Tensor, node: torch.fx.Node, axis: int) -> Tensor:
         remaining = remaining_channels(self.masks[node], axis)
-        channels_last = value.movedim(axis, -1) * remaining
-        return channels_last.movedim(-1, axis)
+        zeroed = value.movedim(axis, -1) * remaining
+        return zeroed.movedim(-1, axis)
 
 
 def remaining_channels(mask: Tensor, axis: int) -> Tensor:
@@ -854,15 +864,14 @@ def check_pruned(compact, traced, modules, masks: dict, inputs, dtype: torch.dty
         check_dtype = dtype
         tolerance = 1e-4
     compact.to(check_dtype)
-    cause = "computes other values"
-    is_right = False
     try:
         output = compact(*converted(inputs, check_dtype))
-        is_right = all_equal(output, expected, tolerance)
     except Exception as error:  # the network's own code can raise anything
         cause = f"fails ({one_line(error)})"
-    if is_right:
-        return
+    else:
+        if all_equal(output, expected, tolerance):
+            return
+        cause = "computes other values"
     node = first_difference(compact, original, inputs, check_dtype, tolerance)
     message = f"with fewer channels, {name_of(node)} {cause}"
     raise ExperimentError(f"{message}; {advice(node, modules)}")
@@ -1076,7 +1085,8 @@ def verdicts(frame) -> list[dict]:
         if seeds < 2:
             continue
         mean = float(differences.mean())
-        low = high = None
+        low = None
+        high = None
         answer = "cannot tell"
         if differences.nunique() > 1:  # equal differences would give an interval of width 0
             standard_error = differences.sem()
@@ -1172,7 +1182,7 @@ def report(frame) -> str:
     if seeds_share_a_baseline(frame):
         parts.append(
             "Several seeds start from one baseline. So the table does not show how baselines\n"
-            "differ, no verdict compares a model with it, and the others hold for it only."
+            "differ. No verdict compares a model with it. The other verdicts hold for it only."
         )
     return "\n\n".join(parts)
 
@@ -1314,10 +1324,10 @@ def trial_arguments(parser: argparse.ArgumentParser) -> list[str]:
         if name.replace("-", "_") not in known:
             parser.error(f"unknown parameter {name!r} of the trial; known: {', '.join(known)}")
         flag = f"--{name.replace('_', '-')}"
-        if value is True:
-            arguments.append(flag)
-        elif value is not False:
+        if not isinstance(value, bool):
             arguments += [flag, str(value)]
+        elif value:
+            arguments.append(flag)
     return arguments
 
 
@@ -1398,7 +1408,7 @@ def describe(run: Run, args: argparse.Namespace) -> dict:
         f"{data} ({images}); {baseline_text} + {settings.finetune_epochs} epochs; seeds {seeds};\n"
         f"{hardware}; torch {torch.__version__}, NNI {version('nni')}"
     )
-    used = {
+    settings_used = {
         **asdict(settings),
         "baseline": str(args.baseline) if args.baseline else None,
         "pruner": list(args.pruner),
@@ -1410,7 +1420,12 @@ def describe(run: Run, args: argparse.Namespace) -> dict:
         "bfloat16": bfloat16,
     }
     versions = {name: version(name) for name in ("torch", "torchvision", "nni", "numpy")}
-    return {"heading": heading, "settings": used, "python": sys.version, "versions": versions}
+    return {
+        "heading": heading,
+        "settings": settings_used,
+        "python": sys.version,
+        "versions": versions,
+    }
 
 
 def new_row(
@@ -1525,11 +1540,13 @@ def train_controls(run, baseline_path, models_dir, widths_by_sparsity: dict, see
 def report_trial(rows: list[dict], heading: str) -> None:
     """Hand NNI the result of a trial: the row of its pruned model, and all its rows."""
     nni = import_nni()
-    (row,) = [row for row in rows if row["kind"] == "pruned"]
+    pruned_rows = [row for row in rows if row["kind"] == "pruned"]
+    pruned = pruned_rows[0]  # a trial has one pruner, one sparsity and one seed
     # If two trials start together, NNI 3.0 can record the parameters of one for the other. So the
     # result has the trial's own parameters, and NNI's exported CSV shows those.
     parameters = nni.get_current_parameter() or {}
-    result = {**row, **parameters, "heading": heading, "rows": rows, "default": row["accuracy"]}
+    result = {**pruned, **parameters, "heading": heading, "rows": rows}
+    result["default"] = pruned["accuracy"]
     nni.report_final_result(result)  # NNI maximizes "default"
 
 

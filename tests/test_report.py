@@ -151,7 +151,7 @@ def test_seeds_of_one_baseline_give_no_verdict_against_it():
     text = script.report(script.as_frame(rows))
     assert HOLDS not in text
     assert "L1NormPruner_0.5 is better than scratch_0.5_6_epochs" in text
-    assert "the others hold for it only" in text
+    assert "The other verdicts hold for it only" in text
     assert "Several seeds start from one baseline" in text
     # Without a control there is no claim left, but there are several seeds.
     text = script.report(script.as_frame(rows[:6]))
