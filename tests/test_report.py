@@ -221,6 +221,17 @@ def test_marks_of_the_picture_are_where_they_belong(tmp_path, monkeypatch):
     assert pruned != baseline
 
 
+def test_the_picture_shows_no_training_of_a_given_baseline(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, format: figures.append(figure))
+    rows = rows_of({"baseline": [99.5], "FPGMPruner_0.5": [99.0]})
+    rows[0]["training_seconds"] = None
+    script.draw(script.as_frame(rows), tmp_path / "results.png")
+    _, right = figures[0].axes
+    assert [bar.get_width() for bar in right.patches] == [0, 2.0]  # of the pruned model
+    assert [text.get_text() for text in right.texts] == [" 2.0 s"]
+
+
 def test_a_report_of_earlier_runs(call, tmp_path):
     rows, out, _ = call(*QUICK, "--seeds", 0, 1)
     content = json.loads((tmp_path / "checkpoints" / "results.json").read_text(encoding="utf-8"))
