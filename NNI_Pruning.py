@@ -627,10 +627,10 @@ def trace(network: nn.Module, modules, inputs, dtype, keep: list[str]) -> torch.
         first_error = error
     try:
         return graph_with_shapes(network, keep, converted(inputs, dtype))
-    except Exception as error:
+    except Exception:
         # The first error names the cause. The second can be about a block in keep.
         message = f"torch.fx cannot trace {place_and_error(first_error, modules)}"
-        raise ExperimentError(f"{message}; {advice(None, modules)}") from error
+        raise ExperimentError(f"{message}; {advice(None, modules)}") from first_error
 
 
 def graph_with_shapes(network: nn.Module, blocks: list[str], inputs) -> torch.fx.GraphModule:

@@ -99,7 +99,7 @@ def test_it_learns(finished):
     for row in pruned:
         # No pruned model reaches this before fine-tuning.
         assert row["accuracy"] >= finished.goal - 3
-        assert row["accuracy"] > row["accuracy_before"]
+        assert row["accuracy"] > row["accuracy_before"] + 10
     parameters = {row["sparsity"]: row["parameters"] for row in rows}
     assert parameters[0.75] < parameters[0.5] < parameters[None]
 
@@ -235,7 +235,9 @@ def test_controls_are_as_long_as_they_say_and_start_where_they_say(call, tmp_pat
     assert_equal(weights["baseline_1_more_epochs"], saved)
     for sparsity in (0.75, 0.5):
         expected, _ = pruned_by_hand(saved, "L1NormPruner", sparsity)
-        assert_equal(weights[f"L1NormPruner_{sparsity}"], expected)
+        start = weights[f"L1NormPruner_{sparsity}"]
+        # NNI's new BatchNorm layers count their batches anew.
+        assert_equal({key: start[key] for key in start if "num_batches" not in key}, expected)
     # Random weights: what a new network of these widths gets by the seed.
     widths = {"baseline": script.WIDTHS}
     widths |= dict.fromkeys(("scratch_0.75_3_epochs", "scratch_0.75_1_epochs"), (8, 16, 32, 12))
@@ -247,8 +249,7 @@ def test_controls_are_as_long_as_they_say_and_start_where_they_say(call, tmp_pat
 
 def assert_equal(weights: dict, expected: dict) -> None:
     for name, value in weights.items():
-        if not name.endswith("num_batches_tracked"):  # pruning by hand leaves it out
-            assert value.equal(expected[name]), name
+        assert value.equal(expected[name]), name
 
 
 # --------------------------------------------------------------------- devices and threads
@@ -296,7 +297,7 @@ def test_the_experiment_on_whatever_accelerator_there_is(data_dir, tmp_path):
         # Here the CPU computes, and it rounds differently: one image may change its class.
         weights = saved_weights(tmp_path / "checkpoints" / f"{row['name']}.pth")
         lowest, highest = accuracy_range(weights, images, labels)
-        one_image = 100 / len(labels)
+        one_image = 101 / len(labels)  # in percent, and a little more for the last digits
         assert lowest - one_image <= row["accuracy"] <= highest + one_image
 
 

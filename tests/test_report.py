@@ -190,13 +190,23 @@ def test_with_one_seed_the_report_says_which_difference_can_be_chance():
     assert "With one seed and 10,000 test images" in script.report(script.as_frame(rows))
 
 
-def test_marks_of_the_picture_are_where_they_belong(tmp_path, monkeypatch):
+@pytest.fixture
+def axes_of(monkeypatch, tmp_path):
+    """Draw rows, and return the left and the right half of the picture."""
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, file, format: figures.append(figure))
+
+    def draw(rows):
+        script.draw(script.as_frame(rows), tmp_path / "results.png")
+        return figures[-1].axes
+
+    return draw
+
+
+def test_marks_of_the_picture_are_where_they_belong(axes_of):
     rows = rows_of({"baseline": [99.5, 99.7], "FPGMPruner_0.5": [99.0, 99.4]})
     rows += rows_of({"scratch_0.5_3_epochs": [98.0, 98.0], "baseline_3_more_epochs": [99.8, 99.8]})
-    script.draw(script.as_frame(rows), tmp_path / "results.png")
-    left, right = figures[0].axes
+    left, right = axes_of(rows)
     labels = [label.get_text() for label in left.get_yticklabels()]
     assert labels == [  # the large models first
         "baseline\n1,000 parameters",
@@ -221,13 +231,10 @@ def test_marks_of_the_picture_are_where_they_belong(tmp_path, monkeypatch):
     assert pruned != baseline
 
 
-def test_the_picture_shows_no_training_of_a_given_baseline(tmp_path, monkeypatch):
-    figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, file, format: figures.append(figure))
+def test_the_picture_shows_no_training_of_a_given_baseline(axes_of):
     rows = rows_of({"baseline": [99.5], "FPGMPruner_0.5": [99.0]})
     rows[0]["training_seconds"] = None
-    script.draw(script.as_frame(rows), tmp_path / "results.png")
-    _, right = figures[0].axes
+    _, right = axes_of(rows)
     assert [bar.get_width() for bar in right.patches] == [0, 2.0]  # of the pruned model
     assert [text.get_text() for text in right.texts] == [" 2.0 s"]
 
@@ -291,9 +298,8 @@ def test_unlike_runs_are_refused_with_what_differs(setting, call, tmp_path):
     for row in others:
         row[setting] = OTHER_VALUES[setting]
     message = refusal(call, tmp_path, *runs)
-    assert (
-        f"the runs differ: {setting} is {rows[0][setting]} and {OTHER_VALUES[setting]}" in message
-    )
+    values = f"{rows[0][setting]} and {OTHER_VALUES[setting]}"
+    assert f"the runs differ: {setting} is {values}" in message
 
 
 def write_json(folder, contents) -> list:
