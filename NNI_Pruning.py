@@ -60,23 +60,23 @@ MAX_SHIFT = 1  # training images move by up to this many pixels, vertically and 
 MEAN = 0.1307  # of MNIST's training pixels, scaled to 0..1
 DEVIATION = 0.3081  # standard deviation of the same pixels
 
-# Runs can be compared if they have these columns of results.csv in common.
+# Runs can be compared if these columns of results.csv are equal.
 SETTINGS = "dataset train_images test_images baseline_epochs finetune_epochs batch_size lr".split()
 MARGIN = 0.1  # percentage points: accuracies that differ by less count as equal
 
 
 class ExperimentError(Exception):
-    """An error that the user can fix. It is printed as a message, without a traceback."""
+    """An error that the user can fix. It prints as a message, without a traceback."""
 
 
 def one_line(error):
     first_line = str(error).strip().split("\n")[0]
-    return f"{type(error).__name__}: {first_line[:160]}"
+    return f"{type(error).__name__}: {first_line}"
 
 
 # -------------------------------------------------------------------------------- options
 def parse_options(argv):
-    """The options of the command line and, in a trial of an NNI experiment, of the trial."""
+    """The options of the command line, and of the trial if NNI runs one."""
     parser = argparse.ArgumentParser(
         "NNI_Pruning.py",
         description="Prune a CNN on MNIST, and compare accuracy, size and speed.",
@@ -84,19 +84,19 @@ def parse_options(argv):
         allow_abbrev=False,
     )
     option = parser.add_argument
-    whole = number_between(int, 0, math.inf)
+    count = number_between(int, 0, math.inf)
     seed = number_between(int, -1, 2**63)
     sparsity = number_between(float, 1 / max(WIDTHS), 1)  # a lower one removes no channel
     option("--data-dir", type=Path, default="data", help="MNIST's folder")
     option("--dataset", choices=EPOCHS, help="mnist, or digits if it cannot be downloaded")
     option("--checkpoint-dir", type=Path, default="checkpoints", help="folder for all results")
-    option("--epochs", type=whole, help=f"epochs of the baseline; None means {EPOCHS}")
-    option("--finetune-epochs", type=whole, help="of each pruned model; None means --epochs")
-    option("--batch-size", type=whole, help=f"in images; None means {BATCH_SIZE}")
+    option("--epochs", type=count, help=f"epochs of the baseline; None means {EPOCHS}")
+    option("--finetune-epochs", type=count, help="of each pruned model; None means --epochs")
+    option("--batch-size", type=count, help=f"in images; None means {BATCH_SIZE}")
     option("--lr", type=number_between(float, 0, math.inf), default=LEARNING_RATE, help="peak rate")
     option("--sparsity", type=sparsity, nargs="+", default=SPARSITIES, help="shares of channels")
     option("--pruner", nargs="+", choices=PRUNERS, default=PRUNERS, help="pruners to compare")
-    option("--subset", type=whole, metavar="N", help="take N training and N/6 test images")
+    option("--subset", type=count, metavar="N", help="take N training and N/6 test images")
     option("--seeds", "--seed", type=seed, nargs="+", default=[0], help="one run for each")
     option("--controls", action="store_true", help="add models to compare with: see the README")
     option("--device", choices=("cpu", "cuda", "mps"), default="cpu", help="where to compute")
@@ -134,32 +134,27 @@ def import_nni():
 
     Raises ExperimentError if it is missing.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the warnings are about NNI's own code
-        # NNI 3.0, the last release, requires a typeguard (< 4.1.3) that imports ast.Str but never
-        # uses it. Python 3.14 removed that name.
-        if not hasattr(ast, "Str"):
-            ast.Str = ast.Constant
-        try:
-            import nni.compression.pruning
-            import nni.compression.speedup
-        except ModuleNotFoundError as error:
-            raise ExperimentError(
-                f"NNI is missing ({error}): {sys.executable} -m pip install -r requirements.txt"
-                " (Apple silicon and ARM Linux need the README's command for them)"
-            ) from error
+    warnings.filterwarnings("ignore", module="nni|torch.utils._pytree")  # about NNI's own code
+    # NNI 3.0, the last release, requires a typeguard (< 4.1.3) that imports ast.Str but never uses
+    # it. Python 3.14 removed that name.
+    if not hasattr(ast, "Str"):
+        ast.Str = ast.Constant
+    try:
+        import nni.compression.pruning
+        import nni.compression.speedup
+    except ModuleNotFoundError as error:
+        raise ExperimentError(
+            f"NNI is missing ({error}): {sys.executable} -m pip install -r requirements.txt"
+            " (Apple silicon and ARM Linux need the README's command for them)"
+        ) from error
     nni.silence_stdout()
     logging.getLogger("nni").setLevel(logging.CRITICAL)  # prune itself says what is wrong
     return nni
 
 
 def limit_threads():
-    """Use no more threads than the processors that this process may use.
-
-    torch takes one thread for each core of the machine. With 32 threads on two cores,
-    training takes 200 times as long. OMP_NUM_THREADS, if it is set, decides instead.
-    """
-    if "OMP_NUM_THREADS" in os.environ:
+    """Use no more threads than processors that this process may use; torch takes all cores."""
+    if "OMP_NUM_THREADS" in os.environ:  # the user has decided
         return
     from joblib import cpu_count  # reads affinity and a container's quota
 
@@ -216,7 +211,7 @@ def load_data(requested, data_dir, subset):
         try:
             training, testing = load_mnist(data_dir)
         except ExperimentError as error:
-            if requested or any(data_dir.glob("MNIST/raw/*")):  # then the files are damaged
+            if requested or any(data_dir.glob("MNIST/raw/*")):  # damaged or incomplete
                 raise
             print(f"{error}. Using scikit-learn's digits instead.", file=sys.stderr)
             dataset = "digits"
@@ -225,7 +220,7 @@ def load_data(requested, data_dir, subset):
     if subset is not None:
         generator = torch.Generator().manual_seed(0)
         training = random_part(training, subset, generator)
-        testing = random_part(testing, max(1, subset // 6), generator)
+        testing = random_part(testing, subset // 6 or 1, generator)
     images, labels = training
     training = (F.pad(images, [MAX_SHIFT] * 4), labels)
     return dataset, training, testing
@@ -323,11 +318,8 @@ def count_parameters(model):
 
 
 def count_macs(model):
-    """Multiply-accumulates (MACs) of one image's forward pass: half of torch's count.
-
-    The model is in eval mode afterwards. In training mode, BatchNorm's statistics would change.
-    """
-    model.eval()
+    """Multiply-accumulates (MACs) of one image's forward pass: half of torch's count."""
+    model.eval()  # in training mode, BatchNorm's statistics would change
     image = torch.zeros(1, 1, 28, 28, device=model.output.weight.device)
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model(image)
@@ -408,7 +400,7 @@ def train(model, images, labels, *, epochs, lr, batch_size, seed, title="", afte
         optimizer.zero_grad()
         return (logits.detach().argmax(1) == target).sum()
 
-    # The first step of all takes longer: torch chooses its kernels. A copy takes it off the clock.
+    # The first step takes longer: torch chooses its kernels. So a copy takes one before the clock.
     model.train()
     spare = copy.deepcopy(model)
     spare_optimizer = torch.optim.AdamW(spare.parameters(), lr=lr, fused=True)
@@ -427,7 +419,7 @@ def train(model, images, labels, *, epochs, lr, batch_size, seed, title="", afte
         order = torch.randperm(len(images), generator=generator).to(device)
         shifts = torch.randint(2 * MAX_SHIFT + 1, (steps, 2), generator=generator).tolist()
         correct = torch.zeros((), device=device)
-        for indices, (top, left) in zip(order.split(batch_size), shifts, strict=True):
+        for indices, (top, left) in zip(order.split(batch_size), shifts):
             correct += step(model, optimizer, indices, top, left)
             scheduler.step()
         seconds += synchronized_time(device) - start
@@ -450,7 +442,7 @@ def evaluate(model, images, labels):
     model(normalize(images[:500]))  # the first call takes longer
     correct = 0
     fastest = math.inf
-    for batch, target in zip(images.split(500), labels.split(500), strict=True):
+    for batch, target in zip(images.split(500), labels.split(500)):
         start = synchronized_time(images.device)
         predicted = model(normalize(batch)).argmax(1)
         seconds = synchronized_time(images.device) - start
@@ -487,7 +479,7 @@ def prune(model: nn.Module, pruner: str, sparsity: float, example_input, keep=()
 
     Args:
         model: a network that torch.fx can trace; blocks that it cannot trace stay as they are. Its
-            Conv2d and Linear layers are pruned; layers whose outputs are added lose the same ones.
+            Conv2d and Linear layers are pruned; added layers lose the same channels.
         pruner: a name from PRUNERS.
         sparsity: the share of each layer's channels to remove; between 0 and 1, both excluded.
         example_input: a tensor, a batch of about eight examples; or a tuple of tensors for several
@@ -497,10 +489,8 @@ def prune(model: nn.Module, pruner: str, sparsity: float, example_input, keep=()
     Raises ExperimentError if an argument is wrong, or if the network cannot be pruned.
     """
     if pruner not in PRUNERS or not 0 < sparsity < 1:
-        raise ExperimentError(
-            f"pruner is {pruner}, not in {PRUNERS}; or sparsity is {sparsity}, not in 0..1"
-        )
-    # NNI needs gradients, and its own random numbers. What the caller has set stays as it is.
+        raise ExperimentError(f"pruner must be in {PRUNERS}, and sparsity between 0 and 1")
+    # NNI needs gradients, and draws random numbers. What the caller has set stays as it is.
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         network, graph, dtype = trace(model, example_input)
@@ -514,7 +504,7 @@ def prune(model: nn.Module, pruner: str, sparsity: float, example_input, keep=()
             except Conflict as conflict:
                 node, reason = conflict.args
                 more = layers_before(node) - kept
-                if not more and node.op == "call_module":
+                if not more and type(layer_of(node)) in PRUNABLE:
                     more = {node.target} - kept
                 if not more:
                     raise ExperimentError(f"the network cannot be pruned: {reason}") from conflict
@@ -532,7 +522,7 @@ def prune(model: nn.Module, pruner: str, sparsity: float, example_input, keep=()
 
 
 def random_inputs(example_input, dtype):
-    """Random numbers of the example's shapes, anew for each run. Whole numbers stay as they are."""
+    """The same random numbers at each call, in the example's shapes. Whole numbers stay."""
     generator = torch.Generator().manual_seed(0)
     inputs = []
     for value in [example_input] if isinstance(example_input, Tensor) else example_input:
@@ -572,19 +562,21 @@ def trace(model, example_input):
             network = copy.deepcopy(model).cpu().eval()
             count_parameters(network)  # fails for a lazy layer that has no shape yet
             copy_of(network, dtype)(*inputs)
-            # The network also gets the tensors that its `forward` creates.
+            # Tracing adds the tensors that `forward` creates to the network.
             graph = BlockTracer().trace(network, inputs)
-            graph.owning_module = network
+            graph.owning_module = network  # where layer_of looks
             graph.eliminate_dead_code()  # NNI cannot follow a value that nothing uses
             return network, graph, dtype
         except Exception as error:  # the network's own code can raise anything
             failure = error
-    message = "torch.fx cannot trace the network, or example_input is no tensor or tuple that fits"
-    raise ExperimentError(f"{message}: {one_line(failure)}") from failure
+    raise ExperimentError(
+        "torch.fx cannot trace the network, or example_input is no tensor or tuple that fits:"
+        f" {one_line(failure)}"
+    ) from failure
 
 
 def layers_to_keep(graph, network, blocks):
-    """The names of the layers that are known beforehand to keep their channels."""
+    """The names of the layers that must keep their channels, before any attempt."""
     modules = dict(network.named_modules(remove_duplicate=False))
     kept = layers_before(graph.output_node())
     for block in blocks:
@@ -598,8 +590,8 @@ def layers_to_keep(graph, network, blocks):
         layer = layer_of(node)
         sources = set(node.all_input_nodes)
         if layer is not None and any(uses[value] > 1 for value in layer.parameters()):
-            names = layers_before(node) | {node.target}
-            keep_channels(kept, names, f"{name_of(node)} shares a parameter with another layer")
+            reason = f"{name_of(node)} shares a parameter with another layer"
+            keep_channels(kept, {node.target, *layers_before(node)}, reason)
         elif layer is not None and type(layer) not in NARROWABLE:
             kind = type(layer).__name__
             keep_channels(kept, layers_before(node), f"NNI does not prune {name_of(node)} ({kind})")
@@ -619,14 +611,15 @@ def keep_channels(kept, names, reason):
 
 def layer_of(node):
     """The module that a node calls, if it has parameters or buffers."""
-    if node.op != "call_module":
-        return None
-    module = node.graph.owning_module.get_submodule(node.target)
-    return module if module.state_dict() else None
+    if node.op == "call_module":
+        module = node.graph.owning_module.get_submodule(node.target)
+        if module.state_dict():
+            return module
+    return None
 
 
 def layers_before(node):
-    """The names of the Conv2d and Linear layers whose channels functions and BatchNorm hand on."""
+    """The names of the Conv2d and Linear layers whose output channels reach a node."""
     names = set()
     seen = set()
     waiting = [node]
@@ -650,7 +643,7 @@ def name_of(node):
 def run_nni(graph, network, example_input, pruner, sparsity, kept):
     """Prune a copy of the network with NNI. Returns it, and a mask of each node's output."""
     nni = import_nni()
-    is_double = next(network.parameters()).dtype == torch.float64
+    is_double = any(value.dtype == torch.float64 for value in network.parameters())
     dtype = torch.float64 if is_double else torch.float32
     network = copy_of(network, dtype)
     # ModelSpeedup's own tracer fails on torch >= 2.2 ('NoneType' object has no attribute
@@ -669,7 +662,7 @@ def run_nni(graph, network, example_input, pruner, sparsity, kept):
     # For a network with `x.size()`, NNI deletes this attribute, but never sets it.
     for info in speedup.node_infos.values():
         info._output_randomize = None
-    # By NNI's own rules, it follows neither a single logit nor several outputs of one layer.
+    # NNI's own two fail on a single logit, and on several outputs of one layer.
     speedup.tensor_propagate_check = lambda value: value.numel() % speedup.batch_size == 0
 
     def backward_from(value, mask):
@@ -700,8 +693,8 @@ def run_nni(graph, network, example_input, pruner, sparsity, kept):
             nni_pruner = getattr(nni.compression.pruning, pruner)(network, configs)
             _, speedup.masks = nni_pruner.compress()
             nni_pruner.unwrap_model()
-            # 2. Replace the layers by smaller ones. NNI takes constants for unused. So random
-            # numbers stand for equal ones, such as the zeros of an untrained layer.
+            # 2. Replace the layers by smaller ones. NNI takes a parameter of equal numbers, such as
+            # the zeros of a new layer, for unused. Random numbers replace them meanwhile.
             equal = {}
             for name, parameter in network.named_parameters():
                 if parameter.min() == parameter.max():
@@ -761,7 +754,7 @@ def norms_of(output):
 
 @torch.no_grad()
 def checked(graph, network, pruned, masks, example_input, dtype):
-    """The pruned network, if it computes what the original computes with zeros; or Conflict."""
+    """The pruned network, if it computes what the original computes with zeros; else Conflict."""
     original = copy_of(network, dtype)
     pruned = copy_of(pruned, dtype)
     # NNI makes all layers anew. Put back those that lost nothing, so that ties stay.
@@ -774,12 +767,12 @@ def checked(graph, network, pruned, masks, example_input, dtype):
     found = LayerNorms(pruned, graph, {})
     try:
         found.run(*random_inputs(example_input, dtype))
-        # Once more without the graph, as the user runs it.
+        # Once more as the user runs it. This replaces the norm of the graph's output.
         found.norms[found.node] = norms_of(pruned(*random_inputs(example_input, dtype)))
     except Exception as error:  # the network's own code can raise anything
         reason = f"with fewer channels, {name_of(found.node)} fails: {one_line(error)}"
         raise Conflict(found.node, reason) from error
-    # A norm does not tell the order of channels. The norm after the next layer does.
+    # A norm does not show a wrong order of channels. The norm after the next layer does.
     tolerance = 1e-9 if dtype == torch.float64 else 1e-4
     for node, norms in found.norms.items():
         if not torch.allclose(norms, expected.norms[node], tolerance, 1e-12):
@@ -811,7 +804,7 @@ def read_results(paths):
             if len(values) > 1:
                 raise ValueError(f"the runs differ: {setting} is {' and '.join(map(str, values))}")
         # The trials of an NNI experiment have the same baseline, so its row can be there often.
-        frame = frame.drop_duplicates(["name", "seed", "accuracy"], ignore_index=True)
+        frame = frame.drop_duplicates(["name", "pruner", "seed", "accuracy"], ignore_index=True)
         if frame.duplicated(["name", "seed"]).any():
             raise ValueError("a model has two different results of the same seed")
         report(frame)  # fails if a column is missing, or holds what it should not
@@ -835,13 +828,13 @@ def comparisons(frame):
     pruned = [model for model in models if model["kind"] == "pruned"]
     lines = []
     for model, other in product(pruned, models):
-        is_unpruned = other["kind"] in ("baseline", "trained_on")
+        is_full_size = other["kind"] in ("baseline", "trained_on")
         is_partner = other["kind"] == "scratch" or other["name"] < model["name"]  # once, not twice
         is_of_one_size = is_partner and other["sparsity"] == model["sparsity"]
-        # A baseline that is given is one for all seeds. It does not tell how baselines differ.
-        if other["given"] or not (is_unpruned or is_of_one_size):
+        # A given baseline is the same for all seeds. It does not tell how baselines differ.
+        if other["given"] or not (is_full_size or is_of_one_size):
             continue
-        # Without the errors of float, equal differences are equal.
+        # Rounded, so that errors of float do not make equal differences differ.
         differences = (accuracy[model["name"]] - accuracy[other["name"]]).dropna().round(6)
         if len(differences) < 2:
             continue
@@ -868,9 +861,7 @@ def conclusion(low, high):
         return f"equal within {MARGIN}"
     if low > -MARGIN:
         return f"at most {MARGIN} worse"
-    if high < 0:
-        return "worse"
-    return "cannot tell"
+    return "worse" if high < 0 else "cannot tell"
 
 
 def results_table(frame):
@@ -913,7 +904,7 @@ def report(frame):
         f" seeds {', '.join(map(str, frame['seed'].unique()))};\n"
         f"{' and '.join(frame['hardware'].unique())}; {' and '.join(frame['versions'].unique())}",
         results_table(frame),
-        "One seed says little about small differences. For more: --seeds 0 1 2 3 4",
+        "Small differences can be chance. Several seeds tell more: --seeds 0 1 2 3 4",
     ]
     lines = comparisons(frame)
     if lines:
@@ -930,7 +921,7 @@ COLORS = {"L1NormPruner": "#0072b2", "FPGMPruner": "#d55e00"}  # the color-blind
 
 def draw(frame, path):
     """Draw accuracy (mean and standard deviation) and training time as a PNG file."""
-    os.environ["MPLBACKEND"] = "agg"  # Jupyter sets one that its own Python alone has
+    os.environ["MPLBACKEND"] = "agg"  # Jupyter may set one that is not installed here
     from matplotlib.figure import Figure  # pyplot would look for a screen
 
     figure = Figure(figsize=(9, 4), dpi=160, layout="constrained")
@@ -941,8 +932,8 @@ def draw(frame, path):
         color = COLORS.get(pruner, "#595959")  # grey: not pruned
         accuracy = model["accuracy"]
         left.errorbar(accuracy.mean(), name, xerr=accuracy.std(), fmt="o", color=color)
-        # The baseline is trained before these two.
-        earlier = baseline_seconds if kind in ("pruned", "trained_on") else 0
+        is_later = kind in ("pruned", "trained_on") and baseline_seconds > 0  # not NaN
+        earlier = baseline_seconds if is_later else 0
         seconds = model["training_seconds"].mean()
         right.barh(name, earlier, color="#cccccc")
         bar = right.barh(name, seconds, left=earlier, color=color)
@@ -981,9 +972,10 @@ def train_evaluate_save(model, path, row, training, testing, after_epoch=None):
 def row_of_baseline(path, settings):
     """The row of a saved baseline. Raises ExperimentError if it was trained on other images."""
     _, row = load_checkpoint(path)
-    for key, value in {**settings, "name": "baseline"}.items():
-        if key in ("name", "dataset", "train_images") and row.get(key) != value:
-            raise ExperimentError(f"{path} is no baseline for this run: its {key} is not {value}")
+    expected = {**settings, "name": "baseline"}
+    for key in ("name", *SETTINGS[:3]):  # trained on the same images
+        if row.get(key) != expected[key]:
+            raise ExperimentError(f"{path} does not fit: its {key} is not {expected[key]}")
     return {**row, "given": True}
 
 
@@ -998,20 +990,25 @@ def main(argv=None):
         print(f"\nSaved: {picture}")
         return frame.to_dict("records")
 
-    # What can be wrong with the machine shows here, before anything is trained.
+    # What is wrong with NNI, the device or the folder shows here, before anything is trained.
     nni = import_nni()
     limit_threads()
     device = select_device(args.device)
     folder = args.checkpoint_dir / os.environ.get("NNI_TRIAL_JOB_ID", "")  # of a trial: its own
-    write(folder / ".writable", b"")
-    (folder / ".writable").unlink()
+    probe = folder / ".writable"
+    write(probe, b"")
+    probe.unlink()
     dataset, training, testing = load_data(args.dataset, args.data_dir, args.subset)
     training = [values.to(device) for values in training]
     testing = [values.to(device) for values in testing]
     epochs = args.epochs or EPOCHS[dataset]
     finetune_epochs = args.finetune_epochs or epochs
     precision = "bfloat16" if computes_bfloat16(device) else "float32"
-    settings = {  # columns of the results that are the same in all rows
+    machine = {
+        "hardware": f"{device.type}, {torch.get_num_threads()} threads, {precision}",
+        "versions": f"torch {torch.__version__}, NNI {version('nni')}",
+    }
+    settings = {
         "dataset": dataset,
         "train_images": len(training[1]),
         "test_images": len(testing[1]),
@@ -1019,8 +1016,6 @@ def main(argv=None):
         "finetune_epochs": finetune_epochs,
         "batch_size": args.batch_size or BATCH_SIZE[dataset],
         "lr": args.lr,
-        "hardware": f"{device.type}, {torch.get_num_threads()} threads, {precision}",
-        "versions": f"torch {torch.__version__}, NNI {version('nni')}",
     }
     if args.baseline:
         given_row = row_of_baseline(args.baseline, settings)
@@ -1030,7 +1025,7 @@ def main(argv=None):
     def finish(model, path, seed, kind, epochs, pruner=None, sparsity=None, after_epoch=None):
         """Train a model, and add it to the results."""
         row = {"name": path.stem, "kind": kind, "seed": seed, "pruner": pruner}
-        row |= {"sparsity": sparsity, "epochs": epochs, "given": False, **settings}
+        row |= {"sparsity": sparsity, "epochs": epochs, "given": False, **settings, **machine}
         rows.append(train_evaluate_save(model, path, row, training, testing, after_epoch))
         write_results(folder, rows)
 
@@ -1057,9 +1052,8 @@ def main(argv=None):
             path = models_dir / f"{pruner}_{sparsity}.pth"
             finish(model, path, seed, "pruned", finetune_epochs, pruner, sparsity, after_epoch)
 
-        # 3. Train the controls, if they are asked for: the baseline for as many more epochs as a
-        # pruned model, and networks of the pruned sizes from random weights. These have the epochs
-        # of baseline and fine-tuning together, or of the fine-tuning alone.
+        # 3. Train the controls: the baseline for as many more epochs as a pruned model; networks of
+        # the pruned sizes from random weights, for all epochs together and for the fine-tuning's.
         if args.controls:
             path = models_dir / f"baseline_{finetune_epochs}_more_epochs.pth"
             finish(load_model(baseline_path), path, seed, "trained_on", finetune_epochs)
@@ -1072,8 +1066,8 @@ def main(argv=None):
 
     # 4. Report.
     if args.is_trial:
-        _, pruned, *_ = rows  # a trial has one pruned model; NNI maximizes "default"
-        nni.report_final_result({**pruned, "default": pruned["accuracy"]})
+        # The baseline is followed by the trial's pruned model. NNI maximizes "default".
+        nni.report_final_result({**rows[1], "default": rows[1]["accuracy"]})
     frame = write_results(folder, rows)
     print(report(frame))
     draw(frame, folder / "results.png")
