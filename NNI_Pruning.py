@@ -94,7 +94,13 @@ def parse_options(argv):
     option("--finetune-epochs", type=count, help="of each pruned model; None means --epochs")
     option("--batch-size", type=count, help=f"in images; None means {BATCH_SIZE}")
     option("--lr", type=number_between(float, 0, math.inf), default=LEARNING_RATE, help="peak rate")
-    option("--sparsity", type=sparsity, nargs="+", default=SPARSITIES, help="shares of channels")
+    option(
+        "--sparsity",
+        type=sparsity,
+        nargs="+",
+        default=SPARSITIES,
+        help="shares of channels to remove",
+    )
     option("--pruner", nargs="+", choices=PRUNERS, default=PRUNERS, help="pruners to compare")
     option("--subset", type=count, metavar="N", help="take N training and N/6 test images")
     option("--seeds", "--seed", type=seed, nargs="+", default=[0], help="one run for each")
@@ -418,7 +424,7 @@ def train(model, images, labels, *, epochs, lr, batch_size, seed, title="", afte
         # device, and the order is the same on every kind of device.
         order = torch.randperm(len(images), generator=generator).to(device)
         shifts = torch.randint(2 * MAX_SHIFT + 1, (steps, 2), generator=generator).tolist()
-        correct = torch.zeros((), device=device)
+        correct = 0
         for indices, (top, left) in zip(order.split(batch_size), shifts):
             correct += step(model, optimizer, indices, top, left)
             scheduler.step()
@@ -434,9 +440,9 @@ def train(model, images, labels, *, epochs, lr, batch_size, seed, title="", afte
 
 @torch.inference_mode()
 def evaluate(model, images, labels):
-    """Accuracy in percent, and microseconds of inference per image, in the fastest batch of 500.
+    """Accuracy in percent; microseconds of inference per image in the fastest batch (at most 500).
 
-    Images: uint8 (N, 28, 28); labels: int64 (N,). Computes in float32.
+    Images: uint8 (N, 28, 28); labels: int64 (N,). Without mixed precision.
     """
     model.eval()
     model(normalize(images[:500]))  # the first call takes longer
@@ -460,7 +466,7 @@ NARROWABLE = (*PRUNABLE, nn.Conv1d, nn.ConvTranspose2d, *CHANNELWISE)
 
 
 class Conflict(Exception):
-    """(node, reason): a node of the graph that does not work with fewer channels."""
+    """A node of the graph does not work with fewer channels. Arguments: node and reason."""
 
 
 def prune(model: nn.Module, pruner: str, sparsity: float, example_input, keep=()) -> nn.Module:
@@ -479,12 +485,12 @@ def prune(model: nn.Module, pruner: str, sparsity: float, example_input, keep=()
 
     Args:
         model: a network that torch.fx can trace; blocks that it cannot trace stay as they are. Its
-            Conv2d and Linear layers are pruned; added layers lose the same channels.
+            Conv2d and Linear layers are pruned; summed ones lose the same channels.
         pruner: a name from PRUNERS.
         sparsity: the share of each layer's channels to remove; between 0 and 1, both excluded.
         example_input: a tensor, a batch of about eight examples; or a tuple of tensors for several
             inputs. NNI's time and memory grow with the area of images: take the smallest that fit.
-        keep: a name, or names, of more layers or blocks of layers that keep their output channels.
+        keep: names of more Conv2d or Linear layers, or blocks of them, that keep their channels.
 
     Raises ExperimentError if an argument is wrong, or if the network cannot be pruned.
     """
@@ -510,7 +516,7 @@ def prune(model: nn.Module, pruner: str, sparsity: float, example_input, keep=()
                     raise ExperimentError(f"the network cannot be pruned: {reason}") from conflict
                 keep_channels(kept, more, reason)
     if count_parameters(compact) == count_parameters(model):
-        raise ExperimentError("no channel was removed: is sparsity too low?")
+        raise ExperimentError("no channel was removed: sparsity is too low, or keep too long")
     for name, value in (*compact.named_parameters(), *compact.named_buffers()):
         original = operator.attrgetter(name)(model)
         value.data = value.data.to(original.dtype)
@@ -662,7 +668,7 @@ def run_nni(graph, network, example_input, pruner, sparsity, kept):
     # For a network with `x.size()`, NNI deletes this attribute, but never sets it.
     for info in speedup.node_infos.values():
         info._output_randomize = None
-    # NNI's own two fail on a single logit, and on several outputs of one layer.
+    # NNI's versions of these two fail on a single logit, and on several outputs of one layer.
     speedup.tensor_propagate_check = lambda value: value.numel() % speedup.batch_size == 0
 
     def backward_from(value, mask):
@@ -672,7 +678,7 @@ def run_nni(graph, network, example_input, pruner, sparsity, kept):
     speedup.indirect_backward = backward_from
     config = {"op_types": ["Conv2d", "Linear"], "exclude_op_names": sorted(kept)}
     config["sparse_ratio"] = sparsity
-    # Groups ("denpendency" is NNI's spelling) make layers that are added lose the same channels.
+    # Groups ("denpendency" is NNI's spelling) make summed layers lose the same channels.
     configs = nni.compression.speedup.auto_set_denpendency_group_ids(traced, [config])
     if not configs:
         kinds = sorted({type(layer).__name__ for layer in network.modules() if layer._parameters})
@@ -767,7 +773,7 @@ def checked(graph, network, pruned, masks, example_input, dtype):
     found = LayerNorms(pruned, graph, {})
     try:
         found.run(*random_inputs(example_input, dtype))
-        # Once more as the user runs it. This replaces the norm of the graph's output.
+        # Once more as the user runs it. This replaces the norm of the last node, the output.
         found.norms[found.node] = norms_of(pruned(*random_inputs(example_input, dtype)))
     except Exception as error:  # the network's own code can raise anything
         reason = f"with fewer channels, {name_of(found.node)} fails: {one_line(error)}"
@@ -823,16 +829,18 @@ def comparisons(frame):
     """
     from scipy import stats
 
+    # A given baseline is the same for all seeds. It does not tell how baselines differ.
+    frame = frame.query("not given")
     accuracy = frame.pivot(index="seed", columns="name", values="accuracy")
     models = frame.drop_duplicates("name").to_dict("records")
     pruned = [model for model in models if model["kind"] == "pruned"]
     lines = []
     for model, other in product(pruned, models):
         is_full_size = other["kind"] in ("baseline", "trained_on")
-        is_partner = other["kind"] == "scratch" or other["name"] < model["name"]  # once, not twice
+        # Of two pruners, one comparison is enough.
+        is_partner = other["kind"] == "scratch" or other["name"] < model["name"]
         is_of_one_size = is_partner and other["sparsity"] == model["sparsity"]
-        # A given baseline is the same for all seeds. It does not tell how baselines differ.
-        if other["given"] or not (is_full_size or is_of_one_size):
+        if not (is_full_size or is_of_one_size):
             continue
         # Rounded, so that errors of float do not make equal differences differ.
         differences = (accuracy[model["name"]] - accuracy[other["name"]]).dropna().round(6)
@@ -841,15 +849,8 @@ def comparisons(frame):
         mean = differences.mean()
         error = differences.sem() or math.nan  # equal differences would give a width of 0
         low, high = stats.t.interval(0.95, df=len(differences) - 1, loc=mean, scale=error)
-        line = {
-            "model": model["name"],
-            "compared with": other["name"],
-            "difference": mean,
-            "low": low,
-            "high": high,
-            "conclusion": conclusion(low, high),
-        }
-        lines.append(line)
+        line = {"model": model["name"], "compared with": other["name"], "difference": mean}
+        lines.append({**line, "low": low, "high": high, "conclusion": conclusion(low, high)})
     return lines
 
 
@@ -888,7 +889,7 @@ def results_table(frame):
             "inference\nµs": f"{mean['inference_us']:.1f}",
             "times\nfaster": f"{baseline['inference_us'] / mean['inference_us']:.1f}x",
         }
-        lines.append({key: "" if "nan" in cell else cell for key, cell in line.items()})
+        lines.append({key: "" if cell.startswith("nan") else cell for key, cell in line.items()})
     return tabulate(lines, "keys", colalign=["left"], stralign="right", disable_numparse=True)
 
 
@@ -976,7 +977,7 @@ def row_of_baseline(path, settings):
     for key in ("name", *SETTINGS[:3]):  # trained on the same images
         if row.get(key) != expected[key]:
             raise ExperimentError(f"{path} does not fit: its {key} is not {expected[key]}")
-    return {**row, "given": True}
+    return {**row, "given": True, "inference_us": None}
 
 
 def main(argv=None):
@@ -1042,7 +1043,7 @@ def main(argv=None):
             finish(CNN(), baseline_path, seed, "baseline", epochs)
 
         # 2. Load it, prune it with each pruner at each sparsity, and fine-tune.
-        widths_by_sparsity = {}  # the same for every pruner
+        widths_by_sparsity = {}  # all pruners remove equally many
         for pruner, sparsity in product(dict.fromkeys(args.pruner), dict.fromkeys(args.sparsity)):
             model = prune(load_model(baseline_path), pruner, sparsity, torch.rand(8, 1, 28, 28))
             widths_by_sparsity[sparsity] = model.widths
@@ -1085,7 +1086,7 @@ if __name__ == "__main__":
     except ExperimentError as error:
         sys.exit(f"NNI_Pruning.py: error: {error}")
     except KeyboardInterrupt:
-        print("NNI_Pruning.py: interrupted; see --report results.csv", file=sys.stderr)
+        print("NNI_Pruning.py: interrupted; results.csv has the finished models", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         # The reader of the output has gone, as with `| head`. The interpreter's last flush would
