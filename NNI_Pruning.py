@@ -889,7 +889,7 @@ def results_table(frame):
             "inference\nµs": f"{mean['inference_us']:.1f}",
             "times\nfaster": f"{baseline['inference_us'] / mean['inference_us']:.1f}x",
         }
-        lines.append({key: "" if cell.startswith("nan") else cell for key, cell in line.items()})
+        lines.append({key: "" if "nan" in cell else cell for key, cell in line.items()})
     return tabulate(lines, "keys", colalign=["left"], stralign="right", disable_numparse=True)
 
 
