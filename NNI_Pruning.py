@@ -70,7 +70,7 @@ class ExperimentError(Exception):
 
 
 def one_line(error):
-    first_line = str(error).strip().split("\n")[0]
+    first_line = str(error).split("\n")[0]
     return f"{type(error).__name__}: {first_line}"
 
 
@@ -81,7 +81,6 @@ def parse_options(argv):
         "NNI_Pruning.py",
         description="Prune a CNN on MNIST, and compare accuracy, size and speed.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     option = parser.add_argument
     count = number_between(int, 0, math.inf)
@@ -102,7 +101,7 @@ def parse_options(argv):
         help="shares of channels to remove",
     )
     option("--pruner", nargs="+", choices=PRUNERS, default=PRUNERS, help="pruners to compare")
-    option("--subset", type=count, metavar="N", help="take N training and N/6 test images")
+    option("--subset", type=count, help="train on so many images, test on a sixth as many")
     option("--seeds", "--seed", type=seed, nargs="+", default=[0], help="one run for each")
     option("--controls", action="store_true", help="add models to compare with: see the README")
     option("--device", choices=("cpu", "cuda", "mps"), default="cpu", help="where to compute")
@@ -172,9 +171,9 @@ def select_device(name):
     try:
         image = torch.ones(1, 1, 3, 3, device=name)
         F.conv2d(image, image).item()
+        return image.device
     except Exception as error:  # a driver can be missing or too old; torch raises many errors
         raise ExperimentError(f"--device {name} does not work: {one_line(error)}") from error
-    return torch.device(name)
 
 
 def computes_bfloat16(device):
@@ -357,7 +356,7 @@ def load_checkpoint(path):
 
 def save_model(path, model, row):
     """Save a model and its row of the results to a file that load_model reads."""
-    weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
+    weights = {name: value.cpu() for name, value in model.state_dict().items()}
     file = io.BytesIO()
     torch.save({**row, "state_dict": weights}, file)
     write(path, file.getvalue())
@@ -451,8 +450,7 @@ def evaluate(model, images, labels):
     for batch, target in zip(images.split(500), labels.split(500)):
         start = synchronized_time(images.device)
         predicted = model(normalize(batch)).argmax(1)
-        seconds = synchronized_time(images.device) - start
-        fastest = min(fastest, seconds / len(batch))
+        fastest = min(fastest, (synchronized_time(images.device) - start) / len(batch))
         correct += (predicted == target).sum().item()
     return 100 * correct / len(labels), 1e6 * fastest
 
@@ -497,7 +495,7 @@ def prune(model: nn.Module, pruner: str, sparsity: float, example_input, keep=()
     if pruner not in PRUNERS or not 0 < sparsity < 1:
         raise ExperimentError(f"pruner must be in {PRUNERS}, and sparsity between 0 and 1")
     # NNI needs gradients, and draws random numbers. What the caller has set stays as it is.
-    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         network, graph, dtype = trace(model, example_input)
         kept = layers_to_keep(graph, network, [keep] if isinstance(keep, str) else keep)
@@ -515,15 +513,14 @@ def prune(model: nn.Module, pruner: str, sparsity: float, example_input, keep=()
                 if not more:
                     raise ExperimentError(f"the network cannot be pruned: {reason}") from conflict
                 keep_channels(kept, more, reason)
-    if count_parameters(compact) == count_parameters(model):
-        raise ExperimentError("no channel was removed: sparsity is too low, or keep too long")
-    for name, value in (*compact.named_parameters(), *compact.named_buffers()):
-        original = operator.attrgetter(name)(model)
-        value.data = value.data.to(original.dtype)
-        value.requires_grad_(original.requires_grad)
-        value.grad = None  # NNI leaves gradients
-        if value.dim() == 0:
-            value.data.copy_(original)  # NNI resets BatchNorm's count of batches
+        if count_parameters(compact) == count_parameters(model):
+            raise ExperimentError("no channel was removed: sparsity is too low, or keep too long")
+        for name, value in (*compact.named_parameters(), *compact.named_buffers()):
+            original = operator.attrgetter(name)(model)
+            value.data = value.data.to(original.dtype)
+            value.requires_grad_(original.requires_grad)
+            if value.dim() == 0:
+                value.data.copy_(original)  # NNI resets BatchNorm's count of batches
     return compact
 
 
@@ -553,9 +550,12 @@ class BlockTracer(Tracer):
         return root_fn, [self.root, *proxies]
 
     def call_module(self, module, forward, args, kwargs):
+        size = len(self.graph.nodes)
         try:
             return super().call_module(module, forward, args, kwargs)
         except Exception:  # the block's own code can raise anything
+            for node in reversed(list(self.graph.nodes)[size:]):  # of the part before the error
+                self.graph.erase_node(node)
             return self.create_proxy("call_module", self.path_of_module(module), args, kwargs)
 
 
@@ -571,7 +571,6 @@ def trace(model, example_input):
             # Tracing adds the tensors that `forward` creates to the network.
             graph = BlockTracer().trace(network, inputs)
             graph.owning_module = network  # where layer_of looks
-            graph.eliminate_dead_code()  # NNI cannot follow a value that nothing uses
             return network, graph, dtype
         except Exception as error:  # the network's own code can raise anything
             failure = error
@@ -591,18 +590,18 @@ def layers_to_keep(graph, network, blocks):
         kept.update(name for name in modules if f"{name}.".startswith(f"{block}."))
 
     uses = Counter(value for _, value in network.named_parameters(remove_duplicate=False))
-    constants = set()  # nodes that depend on parameters alone
+    constants = set()  # nodes that depend on no input
     for node in graph.nodes:
         layer = layer_of(node)
         sources = set(node.all_input_nodes)
-        if layer is not None and any(uses[value] > 1 for value in layer.parameters()):
+        if node.op == "get_attr" or (sources and sources <= constants):
+            constants.add(node)
+        elif layer is not None and any(uses[value] > 1 for value in layer.parameters()):
             reason = f"{name_of(node)} shares a parameter with another layer"
             keep_channels(kept, {node.target, *layers_before(node)}, reason)
         elif layer is not None and type(layer) not in NARROWABLE:
             kind = type(layer).__name__
             keep_channels(kept, layers_before(node), f"NNI does not prune {name_of(node)} ({kind})")
-        elif node.op == "get_attr" or (sources and sources <= constants):
-            constants.add(node)
         elif sources & constants:
             keep_channels(kept, layers_before(node), f"{name_of(node)} reads a parameter")
     return kept
@@ -649,8 +648,8 @@ def name_of(node):
 def run_nni(graph, network, example_input, pruner, sparsity, kept):
     """Prune a copy of the network with NNI. Returns it, and a mask of each node's output."""
     nni = import_nni()
-    is_double = any(value.dtype == torch.float64 for value in network.parameters())
-    dtype = torch.float64 if is_double else torch.float32
+    dtypes = {value.dtype for value in network.parameters()}
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     network = copy_of(network, dtype)
     # ModelSpeedup's own tracer fails on torch >= 2.2 ('NoneType' object has no attribute
     # 'startswith', NNI issue 5768). It accepts a graph from torch.fx instead.
