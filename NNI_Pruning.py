@@ -105,8 +105,8 @@ def parse_options(argv):
     option("--seeds", "--seed", type=seed, nargs="+", default=[0], help="one run for each")
     option("--controls", action="store_true", help="add models to compare with: see the README")
     option("--device", choices=("cpu", "cuda", "mps"), default="cpu", help="where to compute")
-    option("--baseline", type=Path, metavar="PTH", help="a saved baseline to start from")
-    option("--report", type=Path, nargs="+", metavar="CSV", help="only show earlier results")
+    option("--baseline", type=Path, help="a saved baseline to start from")
+    option("--report", type=Path, nargs="+", help="only show these results.csv files")
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     is_trial = "NNI_PLATFORM" in os.environ
@@ -238,11 +238,8 @@ def load_mnist(data_dir):
     raw = data_dir / "MNIST" / "raw"
     timeout_before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)  # seconds; torchvision sets no timeout and could wait forever
-    parts = []
     try:
-        for is_train in (True, False):
-            part = MNIST(data_dir, train=is_train, download=True)
-            parts.append((part.data, part.targets))
+        parts = [MNIST(data_dir, train=is_train, download=True) for is_train in (True, False)]
     except Exception as error:  # torchvision raises the same error for no network and bad files
         raise ExperimentError(
             f"MNIST cannot be downloaded or read ({' '.join(str(error).split())});"
@@ -250,7 +247,7 @@ def load_mnist(data_dir):
         ) from error
     finally:
         socket.setdefaulttimeout(timeout_before)
-    return parts
+    return [(part.data, part.targets) for part in parts]
 
 
 def load_small_digits():
@@ -390,6 +387,9 @@ def train(model, images, labels, *, epochs, lr, batch_size, seed, title="", afte
     from tqdm import trange
 
     device = images.device
+    if device.type == "cpu":
+        # A check before each step would start CUDA, which can be broken or in use.
+        torch.optim.Optimizer._accelerator_graph_capture_health_check = lambda _: None
     mixed_precision = torch.autocast(device.type, torch.bfloat16, enabled=computes_bfloat16(device))
 
     def step(model, optimizer, indices, top, left):
@@ -545,8 +545,8 @@ class BlockTracer(Tracer):
 
     def create_args_for_root(self, root_fn, is_module, inputs):
         # Arguments of forward that the user does not pass have their default values.
-        names = [f"input_{number}" for number in range(len(inputs))]
-        proxies = [self.create_proxy("placeholder", name, (), {}) for name in names]
+        numbers = range(len(inputs))
+        proxies = [self.create_proxy("placeholder", f"input_{n}", (), {}) for n in numbers]
         return root_fn, [self.root, *proxies]
 
     def call_module(self, module, forward, args, kwargs):
@@ -566,7 +566,6 @@ def trace(model, example_input):
         try:
             inputs = random_inputs(example_input, dtype)
             network = copy.deepcopy(model).cpu().eval()
-            count_parameters(network)  # fails for a lazy layer that has no shape yet
             copy_of(network, dtype)(*inputs)
             # Tracing adds the tensors that `forward` creates to the network.
             graph = BlockTracer().trace(network, inputs)
@@ -600,8 +599,8 @@ def layers_to_keep(graph, network, blocks):
             reason = f"{name_of(node)} shares a parameter with another layer"
             keep_channels(kept, {node.target, *layers_before(node)}, reason)
         elif layer is not None and type(layer) not in NARROWABLE:
-            kind = type(layer).__name__
-            keep_channels(kept, layers_before(node), f"NNI does not prune {name_of(node)} ({kind})")
+            reason = f"NNI does not prune {name_of(node)} ({type(layer).__name__})"
+            keep_channels(kept, layers_before(node), reason)
         elif sources & constants:
             keep_channels(kept, layers_before(node), f"{name_of(node)} reads a parameter")
     return kept
@@ -610,7 +609,7 @@ def layers_to_keep(graph, network, blocks):
 def keep_channels(kept, names, reason):
     new = ", ".join(sorted(names - kept))
     if new:
-        logging.getLogger("NNI_Pruning").warning("All channels stay in %s: %s", new, reason)
+        logging.getLogger("NNI_Pruning").warning(f"All channels stay in {new}: {reason}")
     kept.update(names)
 
 
@@ -866,8 +865,9 @@ def conclusion(low, high):
 
 def results_table(frame):
     """One line per model: means over its seeds."""
-    from tabulate import tabulate
+    import tabulate
 
+    tabulate.MIN_PADDING = 0  # a heading needs no more room than its words
     baselines = frame[frame["kind"] == "baseline"].set_index("seed")
     images = frame["test_images"].iloc[0]
     lines = []
@@ -889,7 +889,9 @@ def results_table(frame):
             "times\nfaster": f"{baseline['inference_us'] / mean['inference_us']:.1f}x",
         }
         lines.append({key: "" if "nan" in cell else cell for key, cell in line.items()})
-    return tabulate(lines, "keys", colalign=["left"], stralign="right", disable_numparse=True)
+    return tabulate.tabulate(
+        lines, "keys", colalign=["left"], stralign="right", disable_numparse=True
+    )
 
 
 def report(frame):
@@ -1077,7 +1079,7 @@ def main(argv=None):
 
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a notebook has others
+        if hasattr(stream, "reconfigure"):  # a notebook has others
             stream.reconfigure(errors="replace")  # some consoles have no "±"
     try:
         main()

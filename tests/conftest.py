@@ -26,24 +26,24 @@ QUICK_TUNING = [*SHORT, "--finetune-epochs", "1"]  # for a run with --baseline
 TIMEOUT = 1200  # seconds; 20 are enough here, but other machines are slower, or busy
 
 # Variables that the user has set for other programs must not change the results of the tests.
-OTHERS = ("FORCE_COLOR", "PYTHON_COLORS", "PYTHONDEVMODE", "PYTHONOPTIMIZE", "PYTHONWARNINGS")
+OTHERS = "FORCE_COLOR PYTHON_COLORS PYTHONDEVMODE PYTHONOPTIMIZE PYTHONWARNINGS NNI_ TQDM_ DNNL_"
 for variable in list(os.environ):
-    if variable in OTHERS or variable.startswith(("NNI_", "TQDM_", "ONEDNN_", "DNNL_")):
+    if variable.startswith((*OTHERS.split(), "ONEDNN_")):
         del os.environ[variable]
-# Beside another busy program, two threads that wait for each other take five times as long as one.
+# Beside another busy program, two threads that wait for each other take longer than one.
 if "OMP_NUM_THREADS" not in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
 
-def idx_bytes(values: torch.Tensor) -> bytes:
+def idx_bytes(values):
     """A uint8 tensor in the idx format of MNIST's files."""
     uint8 = 8  # the format's code for this type
     shape = b"".join(size.to_bytes(4, "big") for size in values.shape)
     return bytes((0, 0, uint8, values.dim())) + shape + values.byte().numpy().tobytes()
 
 
-def read_idx(data_dir: Path) -> list[torch.Tensor]:
+def read_idx(data_dir: Path):
     """Training images and labels, test images and labels, by code that is not the script's."""
     tensors = []
     for name in ARCHIVES:
@@ -56,23 +56,42 @@ def read_idx(data_dir: Path) -> list[torch.Tensor]:
     return tensors
 
 
-def logits_of(weights: dict, images: torch.Tensor) -> torch.Tensor:
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> Path:
+    """A --data-dir with MNIST's four files, packed and unpacked; tests must not change it.
+
+    The real files, if all four are in data/. Otherwise files made of scikit-learn's digits.
+    """
+    data_dir = tmp_path_factory.mktemp("data")
+    raw = data_dir / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    real = ROOT / "data" / "MNIST" / "raw"
+    are_real = all(check_integrity(real / name, md5) for name, md5 in MNIST.resources)
+    training, test = script.load_small_digits()
+    for name, values in zip(ARCHIVES, (*training, *test), strict=True):
+        packed = (real / name).read_bytes() if are_real else gzip.compress(idx_bytes(values))
+        (raw / name).write_bytes(packed)
+        (raw / name[:-3]).write_bytes(gzip.decompress(packed))
+    return data_dir
+
+
+def saved_weights(path):
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def logits_of(weights, images):
     """The forward pass of the script's network, written anew; images: uint8 (N, 28, 28)."""
     x = (images[:, None].to(weights["conv1.weight"].dtype) / 255 - 0.1307) / 0.3081
     x = F.conv2d(x, weights["conv1.weight"], weights["conv1.bias"], stride=2).relu()
     for number, padding in ((2, 0), (3, 1)):
         x = F.max_pool2d(F.conv2d(x, weights[f"conv{number}.weight"], padding=padding), 2)
-        norm = f"norm{number}"
-        statistics = (weights[f"{norm}.running_mean"], weights[f"{norm}.running_var"])
-        x = F.batch_norm(x, *statistics, weights[f"{norm}.weight"], weights[f"{norm}.bias"])
-        x = x.relu()
+        names = ("running_mean", "running_var", "weight", "bias")
+        x = F.batch_norm(x, *(weights[f"norm{number}.{name}"] for name in names)).relu()
     x = F.linear(x.flatten(1), weights["hidden.weight"], weights["hidden.bias"]).relu()
     return F.linear(x, weights["output.weight"], weights["output.bias"])
 
 
-def accuracy_range(
-    weights: dict, images: torch.Tensor, labels: torch.Tensor
-) -> tuple[float, float]:
+def accuracy_range(weights, images, labels):
     """The lowest and the highest accuracy of these weights, in percent, without `evaluate`.
 
     They differ only if the two largest logits of an image are equal up to the rounding of float32,
@@ -88,56 +107,21 @@ def accuracy_range(
     return lowest, highest
 
 
-def has_accuracy(accuracy: float, weights: dict, images, labels) -> bool:
+def has_accuracy(accuracy, weights, images, labels):
     lowest, highest = accuracy_range(weights, images, labels)
     return lowest <= accuracy <= highest
 
 
-def saved_weights(path: Path) -> dict:
-    return torch.load(path, weights_only=True)["state_dict"]
-
-
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory) -> Path:
-    """A --data-dir with MNIST's four files, packed and unpacked; tests must not change it.
-
-    The real files, if all four are in data/. Otherwise files made of scikit-learn's digits.
-    """
-    data_dir = tmp_path_factory.mktemp("data")
-    raw = data_dir / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    real = ROOT / "data" / "MNIST" / "raw"
-    are_real = all(check_integrity(real / name, md5) for name, md5 in MNIST.resources)
-    _, (x, y), test = script.load_data("digits", data_dir, None)
-    for name, values in zip(ARCHIVES, (x[:, 1:-1, 1:-1], y, *test), strict=True):
-        packed = (real / name).read_bytes() if are_real else gzip.compress(idx_bytes(values))
-        (raw / name).write_bytes(packed)
-        (raw / name[:-3]).write_bytes(gzip.decompress(packed))
-    return data_dir
-
-
-def environment(encoding: str = "utf-8", **variables: str) -> dict[str, str]:
-    """The environment of a Python process that writes in that encoding, with more variables.
-
-    Without PYTHONIOENCODING, a child process writes to a pipe in the encoding of the system: on
-    Windows, cp1252 for example.
-    """
+def environment(encoding="utf-8", **variables):
+    """For a Python process: without PYTHONIOENCODING it would write as the system does."""
     return {**os.environ, "PYTHONIOENCODING": encoding, **variables}
 
 
-def run_python(
-    folder, *arguments, encoding: str = "utf-8", **variables: str
-) -> subprocess.CompletedProcess:
+def run_python(folder, *arguments, encoding="utf-8", **variables):
     """Run Python, most often with SCRIPT, as a process in `folder`, to its end."""
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        check=False,
-        cwd=folder,
-        env=environment(encoding, **variables),
-        capture_output=True,
-        encoding=encoding,
-        timeout=TIMEOUT,
-    )
+    command = [sys.executable, *map(str, arguments)]
+    options = {"cwd": folder, "env": environment(encoding, **variables), "encoding": encoding}
+    return subprocess.run(command, check=False, capture_output=True, timeout=TIMEOUT, **options)
 
 
 @pytest.fixture
@@ -155,13 +139,14 @@ def call(tmp_path, monkeypatch, capsys):
     return start
 
 
-def table_of(text: str) -> dict[str, list[str]]:
+def table_of(text: str):
     """The cells of a report's table by model; cells are two or more spaces apart."""
-    body = re.search(r"^---.*?\n(.*?)\n\n", text, re.MULTILINE | re.DOTALL)[1].splitlines()
-    return {name: cells for name, *cells in (re.split(r"\s{2,}", line) for line in body)}
+    body = re.search(r"^---.*?\n(.*?)\n\n", text, re.MULTILINE | re.DOTALL)[1]
+    lines = [re.split(r"\s{2,}", line) for line in body.splitlines()]
+    return {name: cells for name, *cells in lines}
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
+def files_of(folder: Path):
     """Every file below a folder, with its content: to compare before and after."""
     paths = (path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}

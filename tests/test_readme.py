@@ -1,15 +1,16 @@
-"""The README against the script: its code runs as it stands, its tables are those of the runs."""
+"""The README against the script and the reference run: code that runs, options, figures."""
 
 import re
 import shutil
-from pathlib import Path
 
+import pandas as pd
 import pytest
 
 import NNI_Pruning as script
-from conftest import ROOT
+from conftest import ROOT, read_idx
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+REFERENCE = ROOT / "checkpoints" / "reference"
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
@@ -21,31 +22,43 @@ def test_the_first_block_holds_the_two_commands():
 def test_options_that_the_readme_names_exist(call):
     _, usage, _ = call("--help")
     known = re.findall(r"--[a-z-]+", usage)
-    commands = [line.partition("NNI_Pruning.py")[2] for line in README.splitlines()]
     named = re.findall(r"`(--[a-z-]+)", README)
-    for command in commands:
-        named += re.findall(r" (--[a-z-]+)", command)
-    assert {"--report", "--controls", "--epochs", "--baseline"} <= set(named)
+    for line in README.splitlines():
+        named += re.findall(r" (--[a-z-]+)", line.partition("NNI_Pruning.py ")[2])
+    assert {"--report", "--controls", "--epochs", "--baseline", "--device"} <= set(named)
     assert set(named) <= set(known)
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda text: text.splitlines()[-1][:40])
 def test_code_runs_as_it_stands(snippet, data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    reference = Path("checkpoints", "reference")
-    shutil.copytree(ROOT / reference, tmp_path / reference)
+    shutil.copytree(REFERENCE, tmp_path / "checkpoints" / "reference")
     shutil.copytree(data_dir, tmp_path / "data")
     exec(compile(snippet, "README.md", "exec"), {})
-    assert re.fullmatch(r"\d|torch.Size\(\[2, 1000\]\)", capsys.readouterr().out.strip())
+    printed = capsys.readouterr().out.strip()
+    *_, test_labels = read_idx(data_dir)
+    if "load_model" in snippet and len(test_labels) == 10_000:
+        assert printed == str(int(test_labels[0]))
+    else:
+        assert re.fullmatch(r"\d|torch.Size\(\[\d, 1000\]\)", printed)
 
 
-def test_the_reference_table_is_that_of_the_reference_run():
-    folder = ROOT / "checkpoints" / "reference"
-    rows = script.read_results([folder / "results.json"])[1]
-    table = script.report(script.as_frame(rows))
-    assert table in (folder / "README.md").read_text(encoding="utf-8")
-    # The first screen's run is that of seed 0.
-    pruned = [row for row in rows if row["seed"] == 0 and row["sparsity"] and row["pruner"]]
-    for row in pruned:
+def test_the_first_table_is_that_of_seed_0_of_the_reference_run():
+    frame = pd.read_csv(REFERENCE / "results.csv")
+    frame = frame[frame["seed"] == 0]
+    for row in frame[frame["kind"].isin(["baseline", "pruned"])].to_dict("records"):
         line = next(line for line in README.splitlines() if line.startswith(f"{row['name']} "))
-        assert [f"{row[key]:.2f}" for key in ("accuracy_before", "accuracy")] == line.split()[1:3]
+        assert f" {row['accuracy']:.2f} " in line
+        assert f" {row['parameters']:,} " in line
+
+
+@pytest.mark.parametrize("path", sorted(REFERENCE.glob("*.csv")), ids=lambda path: path.stem)
+def test_reference_tables_and_the_readmes_means_are_those_of_the_runs(path):
+    frame = script.read_results([path])
+    assert script.report(frame) in (REFERENCE / "README.md").read_text(encoding="utf-8")
+    if path.stem in ("results", "float32"):
+        wrong = (100 - frame["accuracy"]) / 100 * frame["test_images"]
+        means = wrong.groupby(frame["name"], sort=False).mean()
+        cells = [f"{means[name]:.1f}" for name in means.index if "scratch" not in name]
+        row = next(line for line in README.splitlines() if line.startswith(f"| {path.stem} "))
+        assert [cell.strip() for cell in row.split("|")[2:-1]] == cells
