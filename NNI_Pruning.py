@@ -596,11 +596,11 @@ def layers_to_keep(graph, network, blocks):
         if node.op == "get_attr" or (sources and sources <= constants):
             constants.add(node)
         elif layer is not None and any(uses[value] > 1 for value in layer.parameters()):
-            reason = f"{name_of(node)} shares a parameter with another layer"
+            reason = f"{node.target} shares a parameter with another layer"
             keep_channels(kept, {node.target, *layers_before(node)}, reason)
         elif layer is not None and type(layer) not in NARROWABLE:
-            reason = f"NNI does not prune {name_of(node)} ({type(layer).__name__})"
-            keep_channels(kept, layers_before(node), reason)
+            kind = type(layer).__name__
+            keep_channels(kept, layers_before(node), f"NNI does not prune {kind} {node.target}")
         elif sources & constants:
             keep_channels(kept, layers_before(node), f"{name_of(node)} reads a parameter")
     return kept
@@ -701,6 +701,7 @@ def run_nni(graph, network, example_input, pruner, sparsity, kept):
             # the zeros of a new layer, for unused. Random numbers replace them meanwhile.
             equal = {}
             for name, parameter in network.named_parameters():
+                parameter.grad = torch.zeros_like(parameter)  # also where no gradient arrives
                 if parameter.min() == parameter.max():
                     equal[name] = parameter.data.max()
                     parameter.data.uniform_()
@@ -1078,9 +1079,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook has others
-            stream.reconfigure(errors="replace")  # some consoles have no "±"
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook has another
+        sys.stdout.reconfigure(errors="replace")  # some consoles have no "±"
     try:
         main()
         sys.stdout.flush()  # so that a closed pipe is noticed here

@@ -32,8 +32,12 @@ def pruned_by_hand(weights, pruner, sparsity):
         kept[name] = scores.argsort()[int(len(scores) * sparsity) :].sort().values
     # A channel of conv3 is 2 x 2 features to the hidden layer.
     positions = (kept["conv3"][:, None] * 4 + torch.arange(4)).flatten()
-    inputs = {"conv2.weight": kept["conv1"], "conv3.weight": kept["conv2"]}
-    inputs |= {"hidden.weight": positions, "output.weight": kept["hidden"]}
+    inputs = {
+        "conv2.weight": kept["conv1"],
+        "conv3.weight": kept["conv2"],
+        "hidden.weight": positions,
+        "output.weight": kept["hidden"],
+    }
     compact = dict(weights)
     zeroed = dict(weights)
     for name, value in weights.items():
@@ -73,8 +77,7 @@ def test_prune_keeps_the_filters_of_highest_score(pruner, sparsity, widths):
     compact = script.prune(model, pruner, sparsity, torch.rand(8, 1, 28, 28))
     assert type(compact) is script.CNN
     assert not compact.training
-    assert compact.state_dict().keys() == expected.keys()
-    assert all(value.equal(expected[name]) for name, value in compact.state_dict().items())
+    torch.testing.assert_close(compact.state_dict(), expected, rtol=0, atol=0)
     # It computes what the original computes with zeros for the other filters.
     images = torch.randint(256, (64, 28, 28), dtype=torch.uint8)
     wanted = logits_of(zeroed, images)
@@ -144,10 +147,9 @@ def pruned_and_checked(model, inputs, pruner=L1, dtype=torch.float64, keep=()):
                 assert is_left.sum() == value.numel(), "the copy has a value of its own"
                 tensor *= is_left
     tolerance = torch.finfo(dtype).eps ** 0.5
-    results = (norms_and_output(network, inputs, dtype) for network in (compact, original))
-    for found, wanted in zip(*results, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
-        assert wanted.any()  # else the comparison would mean nothing
+    found, wanted = (norms_and_output(network, inputs, dtype) for network in (compact, original))
+    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+    assert all(map(torch.any, wanted))  # else the comparison would mean nothing
     return compact, " ".join(narrower)
 
 
@@ -241,7 +243,7 @@ NETS = {
     "attention": ("0", on_tokens(lambda x, d: d(x, x, x)[0], nn.MultiheadAttention(16, 2))),
     "positions": ("0", on_tokens(lambda x, e: x + e(torch.arange(64)), nn.Embedding(64, 16))),
     "option": ("0 1", WithOption(*classifier(conv()))),
-    "untraceable": ("2", block(lambda x, b: 2 * x if b(x).sum() > 0 else -x, conv())),
+    "untraceable": ("2", block(lambda x, b: b(x) if b(x).sum() > 0 else -b(x), conv())),
     "for nothing": ("0 1.0 2", block(lambda x, b: (b(x), x)[1], conv())),
     "one logit": ("0", nn.Sequential(conv(3), end(1))),
     "in place": (
@@ -283,11 +285,10 @@ def test_precision_and_frozen_parameters_stay_and_so_does_the_original(dtype):
     weight = net[0].weight.requires_grad_(False)
     before = copy.deepcopy(net.state_dict())
     compact = script.prune(net, L1, 0.5, IMAGES)
-    kept = weight.double().abs().sum((1, 2, 3)).argsort()[8:].sort().values
-    assert compact[0].weight.equal(weight[kept])
+    assert torch.isin(compact[0].weight.double(), weight.double()).all()  # not rounded
     assert {p.dtype for p in compact.parameters()} == {dtype}
     assert torch.get_default_dtype() == torch.float32
-    assert [p.requires_grad for p in compact.parameters()].count(False) == 1
+    assert not compact[0].weight.requires_grad
     assert all(p.grad is None for p in compact.parameters())
     assert net.training
     assert all(map(torch.equal, net.state_dict().values(), before.values()))
@@ -403,6 +404,5 @@ def test_a_missing_nni_is_said_before_anything_is_trained(tmp_path):
     process = run_python(tmp_path, "-c", code)
     assert process.returncode == 1
     assert process.stderr.startswith("NNI_Pruning.py: error: NNI is missing")
-    assert "-m pip install -r requirements.txt" in process.stderr
     assert process.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
