@@ -5,6 +5,7 @@ import shutil
 
 import pandas as pd
 import pytest
+from test_pruning import SLOW
 
 import NNI_Pruning as script
 from conftest import ROOT, read_idx
@@ -24,8 +25,8 @@ def test_options_that_the_readme_names_exist(call):
     known = re.findall(r"--[a-z-]+", usage)
     named = re.findall(r"`(--[a-z-]+)", README)
     for line in README.splitlines():
-        named += re.findall(r" (--[a-z-]+)", line.partition("NNI_Pruning.py ")[2])
-    assert {"--report", "--controls", "--epochs", "--baseline", "--device"} <= set(named)
+        named += re.findall(r" (--[a-z-]+)", line.partition("NNI_Pruning.py")[2])
+    assert {"--report", "--controls", "--subset", "--baseline", "--device"} <= set(named)
     assert set(named) <= set(known)
 
 
@@ -62,3 +63,10 @@ def test_reference_tables_and_the_readmes_means_are_those_of_the_runs(path):
         cells = [f"{means[name]:.1f}" for name in means.index if "scratch" not in name]
         row = next(line for line in README.splitlines() if line.startswith(f"| {path.stem} "))
         assert [cell.strip() for cell in row.split("|")[2:-1]] == cells
+
+
+def test_the_table_of_networks_is_that_of_the_tests():
+    rows = re.findall(r"^\| (\w+) \| [\d,]+ \| ([\d,]+) \| [\d.]+ \|$", README, re.MULTILINE)
+    assert {name: int(left.replace(",", "")) for name, left in rows} == SLOW | {
+        "mobilenet_v3_small": 911_224
+    }
