@@ -240,7 +240,7 @@ NETS = {
     "attention": ("0", on_tokens(lambda x, d: d(x, x, x)[0], nn.MultiheadAttention(16, 2))),
     "positions": ("0", on_tokens(lambda x, e: x + e(torch.arange(64)), nn.Embedding(64, 16))),
     "option": ("0 1", WithOption(*classifier(conv()))),
-    "untraceable": ("2", block(lambda x, b: b(x) if b(x).sum() > 0 else -b(x), conv())),
+    "untraceable": ("2", block(lambda x, b: x if F.relu(b(x)).sum() > 0 else -x, conv())),
     "for nothing": ("0 1.0 2", block(lambda x, b: (b(x), x)[1], conv())),
     "one logit": ("0", nn.Sequential(conv(3), end(1))),
     "in place": (
