@@ -3,7 +3,6 @@
 import copy
 import math
 import os
-import sys
 import timeit
 from itertools import product
 from types import SimpleNamespace
@@ -20,8 +19,7 @@ from conftest import (
     QUICK,
     QUICK_TUNING,
     SCRIPT,
-    accuracy_range,
-    has_accuracy,
+    accuracy_of,
     read_idx,
     run_python,
     saved_weights,
@@ -37,7 +35,8 @@ def finished(data_dir, tmp_path_factory):
     """The real script as a process, on a subset of MNIST-format files."""
     options = "--subset 1800 --epochs 2 --batch-size 64 --seed 3".split()
     folder = tmp_path_factory.mktemp("run")
-    process = run_python(folder, SCRIPT, "--data-dir", data_dir, *options)
+    backend = "module://matplotlib_inline.backend_inline"  # what Jupyter hands to a `!python`
+    process = run_python(folder, SCRIPT, "--data-dir", data_dir, *options, MPLBACKEND=backend)
     assert process.returncode == 0, process.stderr
     _, training_labels, images, labels = read_idx(data_dir)
     generator = torch.Generator().manual_seed(0)
@@ -76,14 +75,14 @@ def test_table_files_and_models_agree_with_the_tests_own_count(finished):
         row = torch.load(path, weights_only=True)
         weights = row.pop("state_dict")
         assert line == {key: "" if value is None else str(value) for key, value in row.items()}
-        assert has_accuracy(row["accuracy"], weights, *finished.test)
+        assert row["accuracy"] == accuracy_of(weights, *finished.test)
         sizes = [parameter.numel() for parameter in script.load_model(path).parameters()]
         assert row["parameters"] == sum(sizes)
         wrong = (100 - row["accuracy"]) / 100 * row["test_images"]
         cells = [f"{row['accuracy']:.2f}", f"{wrong:.0f}", f"{row['parameters']:,}"]
         if name != "baseline":  # pruned from the saved file, and measured before it was trained on
             before, _ = pruned_by_hand(baseline, row["pruner"], row["sparsity"])
-            assert has_accuracy(row["accuracy_before"], before, *finished.test)
+            assert row["accuracy_before"] == accuracy_of(before, *finished.test)
             assert not weights["conv1.weight"].equal(before["conv1.weight"])
             cells.insert(0, f"{row['accuracy_before']:.2f}")
         assert table[name][: len(cells)] == cells
@@ -111,7 +110,6 @@ def test_the_digits_are_split_at_random():
     (x, y), (test_x, test_y) = script.load_small_digits()
     assert torch.cat((x, test_x)).equal(F.pad(large[:, 0], [4] * 4))
     assert torch.cat((y, test_y)).equal(labels[order])
-    assert len(test_y) == 360
 
 
 def test_each_of_several_seeds_is_a_run_of_its_own(call):
@@ -141,7 +139,7 @@ def test_a_given_baseline_is_used_and_not_trained(call, tmp_path):
     assert "scratch_0.5_2_epochs" in [row["name"] for row in controls]
     before, _ = pruned_by_hand(saved_weights(given), "L1NormPruner", 0.5)
     _, _, test = script.load_data("digits", tmp_path, 200)
-    assert has_accuracy(pruned["accuracy_before"], before, *test)
+    assert pruned["accuracy_before"] == accuracy_of(before, *test)
     assert given.read_bytes() == content
 
 
@@ -183,17 +181,6 @@ def test_controls_are_as_long_as_they_say_and_start_where_they_say(call, tmp_pat
 # --------------------------------------------------------------------- devices and threads
 
 
-def test_a_device_that_does_not_compute_is_an_error_before_training(call, tmp_path):
-    # An accelerator that this machine cannot have: CUDA on a Mac, Metal (mps) anywhere else.
-    absent = "cuda" if sys.platform == "darwin" else "mps"
-    error, out, err = call(*QUICK, "--device", absent)
-    assert isinstance(error, script.ExperimentError)
-    assert absent in str(error)
-    assert "\n" not in str(error)
-    assert out + err == ""
-    assert not [*tmp_path.iterdir()]
-
-
 @pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), "cuda", "mps"])
 def test_the_defaults_on_the_digits(device, tmp_path):
     try:
@@ -210,9 +197,7 @@ def test_the_defaults_on_the_digits(device, tmp_path):
     for row in rows_in(folder):
         accuracy = float(row["accuracy"])
         assert accuracy >= (97 if row["name"] == "baseline" else 94)
-        # Here the CPU computes, and it rounds differently: one of 360 images may change its class.
-        lowest, highest = accuracy_range(saved_weights(folder / f"{row['name']}.pth"), *test)
-        assert lowest - 0.3 < accuracy < highest + 0.3
+        assert accuracy == accuracy_of(saved_weights(folder / f"{row['name']}.pth"), *test)
 
 
 def test_threads_are_no_more_than_the_processors_that_a_container_allows(monkeypatch):
@@ -293,14 +278,14 @@ def test_order_shifts_labels_rates_and_time(monkeypatch):
 
 
 def test_inference_time_is_that_of_the_fastest_batch(monkeypatch):
-    seconds = [9, 4, 3, 2]  # a first call, two batches of 500 images and one of 200
+    seconds = [9, 4, 3, 2]  # a first call, two batches of 250 images and one of 100
     model = RecordingModel()
     monkeypatch.setattr(timeit, "default_timer", lambda: sum(seconds[: len(model.weights)]))
-    images = torch.zeros(1200, 28, 28, dtype=torch.uint8)
-    images[300:] = 1
-    accuracy, microseconds = script.evaluate(model, images, torch.zeros(1200).long())
+    images = torch.zeros(600, 28, 28, dtype=torch.uint8)
+    images[150:] = 1
+    accuracy, microseconds = script.evaluate(model, images, torch.zeros(600).long())
     assert accuracy == 25
-    assert microseconds == pytest.approx(6000)
+    assert microseconds == pytest.approx(12_000)
     assert model.modes == {False}
 
 

@@ -11,7 +11,7 @@ from packaging.version import Version
 from torch import nn
 
 import NNI_Pruning as script
-from conftest import ROOT, SCRIPT, logits_of, run_python
+from conftest import ROOT, logits_of, run_python
 
 L1 = "L1NormPruner"
 LAYERS = (nn.Conv2d, nn.Linear)
@@ -86,7 +86,7 @@ def test_prune_keeps_the_filters_of_highest_score(pruner, sparsity, widths):
 
 
 @parametrize("sparsity", [0.1, 0.75, 0.99])
-def test_parameters_and_macs_by_arithmetic_and_by_nni(sparsity):
+def test_parameters_and_macs_by_arithmetic(sparsity):
     widths = (9, 20, 33, 7)
     model = script.prune(script.CNN(widths), L1, sparsity, torch.rand(8, 1, 28, 28))
     c1, c2, c3, h = (width - int(width * sparsity) for width in widths)
@@ -99,11 +99,6 @@ def test_parameters_and_macs_by_arithmetic_and_by_nni(sparsity):
     model.train()
     assert script.count_macs(model) == macs
     assert not model.norm2.running_mean.any()  # counting taught the statistics nothing
-    from nni.compression.utils.counter import count_flops_params
-
-    # NNI's "flops" are multiply-accumulates, and it leaves out normalization's parameters.
-    by_nni = count_flops_params(model, torch.zeros(1, 1, 28, 28))
-    assert by_nni[:2] == (macs, parameters - norms)
 
 
 # ------------------------------------------------------------------- the oracle by value
@@ -358,7 +353,7 @@ def test_networks_of_torchvision_compute_what_they_did_without_the_lost_channels
     assert script.count_parameters(compact) == left
 
 
-# --------------------------------------------------------------- Python 3.14, missing NNI
+# ---------------------------------------------------------------------------- Python 3.14
 
 # Python 3.14 took these names from ast; the typeguard that NNI pins imports one of them. 3.12 and
 # 3.13 make them when they are asked for.
@@ -372,25 +367,24 @@ for name in ("Str", "Num", "Bytes", "NameConstant", "Ellipsis", "__getattr__"):
 
 
 def test_nni_fails_without_ast_str_and_import_nni_repairs_it(tmp_path):
+    code = f"""{AS_ON_3_14}
+try:
+    import typeguard
+except ImportError as error:
+    print(error)
+sys.path.insert(0, {str(ROOT)!r})
+import NNI_Pruning
+NNI_Pruning.import_nni()
+print(ast.Str is ast.Constant)
+"""
+    *failure, repaired = run_python(tmp_path, "-c", code).stdout.splitlines()
+    assert repaired == "True"
     # For sweeps on Python 3.14, the README upgrades typeguard. Then NNI does not fail.
     if Version(version("typeguard")) < Version("4.1.3"):
-        process = run_python(tmp_path, "-c", f"{AS_ON_3_14}import nni")
-        assert "cannot import name 'Str'" in process.stderr
-    mended = f"{AS_ON_3_14}sys.path.insert(0, {str(ROOT)!r})\nimport NNI_Pruning as script\n"
-    mended += "script.import_nni()\nprint(ast.Str is ast.Constant)"
-    assert run_python(tmp_path, "-c", mended).stdout == "True\n"
+        assert failure[0].startswith("cannot import name 'Str'")
 
 
 def test_pytest_starts_without_the_plugin_of_typeguard(tmp_path):
     arguments = ["-c", str(ROOT / ".pytest.ini"), "--version"]
     code = f"{AS_ON_3_14}import pytest\nsys.exit(pytest.main({arguments}))"
     assert run_python(tmp_path, "-c", code).returncode == 0
-
-
-def test_a_missing_nni_is_said_before_anything_is_trained(tmp_path):
-    code = "import runpy, sys\nsys.modules['nni'] = None\nsys.argv[1:] = ['--dataset', 'digits']\n"
-    code += f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
-    process = run_python(tmp_path, "-c", code)
-    assert process.stderr.startswith("NNI_Pruning.py: error: NNI is missing")
-    assert process.stderr.count("\n") == 1
-    assert not list(tmp_path.iterdir())

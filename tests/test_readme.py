@@ -8,16 +8,10 @@ import pytest
 from test_pruning import SLOW
 
 import NNI_Pruning as script
-from conftest import ROOT, read_idx
+from conftest import REFERENCE, ROOT, read_idx
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-REFERENCE = ROOT / "checkpoints" / "reference"
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-
-
-def test_the_first_block_holds_the_two_commands():
-    block = re.search(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)[1].splitlines()
-    assert [line.split()[-1] for line in block] == ["NNI_Pruning.py", "pytest"]
 
 
 def test_options_that_the_readme_names_exist(call):

@@ -9,18 +9,8 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 import NNI_Pruning as script
-from conftest import (
-    QUICK,
-    ROOT,
-    SCRIPT,
-    files_of,
-    has_accuracy,
-    read_idx,
-    run_python,
-    saved_weights,
-)
+from conftest import QUICK, REFERENCE, files_of, read_idx
 
-REFERENCE = ROOT / "checkpoints" / "reference"
 SETTINGS = {"dataset": "mnist", "train_images": 60_000, "test_images": 10_000, "lr": 0.01}
 SETTINGS |= {"baseline_epochs": 3, "finetune_epochs": 4, "batch_size": 256}
 OTHERS = {"hardware": "cpu", "versions": "torch 2", "macs": 3_826_656, "given": False}
@@ -146,10 +136,8 @@ def test_exported_trials_have_no_baseline(call, figures, tmp_path):
 
 
 def test_a_report_of_earlier_runs(call, tmp_path):
-    backend = "module://matplotlib_inline.backend_inline"  # what Jupyter hands to a `!python`
-    process = run_python(tmp_path, SCRIPT, *QUICK, "--seeds", 0, 1, MPLBACKEND=backend)
-    process.check_returncode()
-    shown, _ = process.stdout.split("\n\nSaved: ")
+    _, out, _ = call(*QUICK, "--seeds", 0, 1)
+    shown, _ = out.split("\n\nSaved: ")
     before = files_of(tmp_path)
     _, out, _ = call("--report", "checkpoints/results.csv")
     assert out.startswith(f"{shown}\n\nSaved: checkpoints")
@@ -197,7 +185,9 @@ def test_reference_models_have_the_accuracies_of_their_results(data_dir):
     if len(labels) != 10_000:
         pytest.skip("this is not the real MNIST")
     rows = script.read_results([REFERENCE / "results.csv"]).query("seed == 0").set_index("name")
-    assert len([*REFERENCE.glob("*.pth")]) == 5
-    for name in ("L1NormPruner_0.75", "FPGMPruner_0.5"):  # two of them: in float64 it takes time
-        weights = saved_weights(REFERENCE / f"{name}.pth")
-        assert has_accuracy(rows.accuracy[name], weights, images, labels)
+    paths = [*REFERENCE.glob("*.pth")]
+    assert len(paths) == 5
+    for path in paths:
+        accuracy, _ = script.evaluate(script.load_model(path), images, labels)
+        # Another processor may round differently, and two of 10,000 images change their class.
+        assert accuracy == pytest.approx(rows.accuracy[path.stem], abs=0.021)
