@@ -206,11 +206,11 @@ def test_threads_are_no_more_than_the_processors_that_a_container_allows(monkeyp
     try:
         torch.set_num_threads(3)  # as on a machine with three cores
         monkeypatch.setenv("OMP_NUM_THREADS", "3")  # the user's own choice
-        script.limit_threads()
+        script.prepare_processor()
         assert torch.get_num_threads() == 3
         monkeypatch.delenv("OMP_NUM_THREADS")
         for expected in (2, 1):
-            script.limit_threads()
+            script.prepare_processor()
             assert torch.get_num_threads() == expected
             torch.set_num_threads(1)  # as where torch itself already respects the affinity
     finally:

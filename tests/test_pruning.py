@@ -325,7 +325,6 @@ def test_what_keeps_its_channels_is_logged(caplog, name, words):
         ("example_input", "example_input", {"x": IMAGES}),
         ("uninitialized|nothing", "model", classifier(nn.LazyConv2d(16, 3))),
         ("relu_", "model", classifier(Net(lambda x: (F.relu_(x), x)[1]), conv())),
-        ("SyncBatchNorm", "model", classifier(nn.SyncBatchNorm(16))),
     ],
 )
 def test_what_cannot_be_pruned_is_one_line(word, argument, value):

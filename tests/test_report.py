@@ -109,7 +109,7 @@ def test_a_line_of_the_table():
 def figures(monkeypatch):
     """The figures that the script draws."""
     figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, file, format: figures.append(figure))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file: figures.append(figure))
     return figures
 
 
