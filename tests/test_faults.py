@@ -241,7 +241,7 @@ def test_ctrl_c_keeps_what_is_ready(start, tmp_path, monkeypatch, capsys):
 
 
 def test_a_console_that_cannot_show_plus_minus(start, tmp_path):
-    path = shutil.copy(REFERENCE / "results.csv", tmp_path)
+    path = shutil.copy(REFERENCE / "bfloat16.csv", tmp_path)
     report = script.report(script.read_results([path]))
     assert " ± " in report
     shown = io.BytesIO()
@@ -251,7 +251,7 @@ def test_a_console_that_cannot_show_plus_minus(start, tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows gives another error for a closed pipe")
 def test_a_pipe_that_closes(start, tmp_path):
-    path = shutil.copy(REFERENCE / "results.csv", tmp_path)
+    path = shutil.copy(REFERENCE / "bfloat16.csv", tmp_path)
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as stream, pytest.raises(SystemExit, match="1"):
