@@ -60,7 +60,8 @@ def with_distinct_values(model, dtype):
     model = copy.deepcopy(model).to(dtype)
     for tensor in model.state_dict().values():
         size = tensor.numel()
-        values = torch.randperm(size) / size + 0.5  # variances are positive
+        # With all digits of the dtype, so that rounding shows. Variances are positive.
+        values = torch.randperm(size, dtype=dtype) / size + 0.5
         if tensor.dim() > 1:
             # Of variance 2 / fan-in, as He et al. (2015) draw weights. The mean is not quite 0,
             # because then a value could be.
@@ -222,7 +223,6 @@ NETS = {
     "softmax": ("2", classifier(nn.Softmax(1), conv())),
     "argmax": ("0.2", nn.Sequential(GATED, Net(lambda x: x.argmax(1)))),
     "saturated": ("2", GATED, IMAGES * 255),
-    "zeros": ("2", GATED, IMAGES * 0),
     "unused half": ("2", classifier(Net(lambda x: x.chunk(2, 1)[0]), conv(8))),
     "shuffle": ("2", classifier(nn.ChannelShuffle(2), conv())),
     "fixed view": ("2", classifier(Net(lambda x: x.view(8, 4, 16, 16)), conv(4))),
@@ -320,12 +320,13 @@ def test_what_keeps_its_channels_is_logged(caplog, name, words):
     ("word", "argument", "value"),
     [
         ("pruner", "pruner", "L3NormPruner"),
-        ("sparsity", "sparsity", 0),
         ("sparsity", "sparsity", 1.0),
         ("sparsity", "sparsity", 0.0001),
         ("block", "keep", "block"),
         ("example_input", "example_input", {"x": IMAGES}),
         ("uninitialized|nothing", "model", classifier(nn.LazyConv2d(16, 3))),
+        # torch.fx sees a constant, the copy another one.
+        ("output", "model", block(lambda x, b: b(x) / b.out_channels, conv())),
         ("relu_", "model", classifier(Net(lambda x: (F.relu_(x), x)[1]), conv())),
     ],
 )

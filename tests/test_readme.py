@@ -32,7 +32,7 @@ def test_code_runs_as_it_stands(data_dir, tmp_path, monkeypatch, capsys):
     for snippet in SNIPPETS:
         exec(compile(snippet, "README.md", "exec"), names)
     *shapes, digit = capsys.readouterr().out.splitlines()
-    assert shapes == [f"torch.Size([{size}, 1000])" for size in (8, 2)]
+    assert shapes == ["torch.Size([8, 1000])", "torch.Size([2, 1000])"]
     *_, test_labels = read_idx(data_dir)
     if len(test_labels) == 10_000:
         assert digit == str(int(test_labels[0]))
