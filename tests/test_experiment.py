@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+import sys
 import timeit
 from itertools import product
 from types import SimpleNamespace
@@ -215,6 +216,19 @@ def test_threads_are_no_more_than_the_processors_that_a_container_allows(monkeyp
             torch.set_num_threads(1)  # as where torch itself already respects the affinity
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux's C library is told to keep it")
+def test_freed_memory_stays_for_the_next_tensors():
+    import resource
+
+    script.prepare_processor()
+    faults = []
+    for _ in range(3):
+        tensors = [torch.ones(2**21) for _ in range(9)]  # 8 MiB each: 2,048 pages
+        del tensors
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    assert faults[2] - faults[1] < 1000
 
 
 # ------------------------------------------------------------------------ training, closer

@@ -4,8 +4,6 @@ Each ends in a clear message and an exit status, and damages no file that was th
 """
 
 import contextlib
-import functools
-import http.server
 import io
 import os
 import pickle
@@ -13,14 +11,12 @@ import runpy
 import shutil
 import socket
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 import torch
 import tqdm
 from torchvision.datasets import MNIST
-from torchvision.datasets.utils import calculate_md5
 
 import NNI_Pruning as script
 from conftest import (
@@ -31,7 +27,6 @@ from conftest import (
     SCRIPT,
     files_of,
     idx_bytes,
-    read_idx,
 )
 
 
@@ -118,21 +113,6 @@ def test_damaged_data_is_named_and_no_digits_step_in(is_missing, fails, tmp_path
     message = fails(*QUICK[2:])
     assert message.startswith("MNIST cannot be downloaded or read (")
     assert f"delete {raw.relative_to(tmp_path)} " in message
-
-
-def test_mnist_is_downloaded(data_dir, tmp_path, monkeypatch):
-    raw = data_dir / "MNIST" / "raw"
-    resources = [(name, calculate_md5(raw / name)) for name in ARCHIVES]
-    monkeypatch.setattr(MNIST, "resources", resources)
-    monkeypatch.setenv("no_proxy", "*")
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=raw)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
-        name, (x, y), test = script.load_data(None, tmp_path, None)
-        server.shutdown()
-    assert name == "mnist"
-    assert all(map(torch.equal, (x[:, 1:-1, 1:-1], y, *test), read_idx(data_dir)))
 
 
 def test_without_a_network(call, fails, monkeypatch):
