@@ -508,7 +508,6 @@ def prune(model: nn.Module, pruner: str, sparsity: float, example_input, keep=()
         network, graph, dtype = trace(model, example_input)
         kept = layers_to_keep(graph, network, [keep] if isinstance(keep, str) else keep)
         while True:
-            gc.collect()  # what a failed attempt leaves is in reference cycles
             try:
                 pruned, masks = run_nni(graph, network, example_input, pruner, sparsity, kept)
                 compact = checked(graph, network, pruned, masks, example_input, dtype)
@@ -521,6 +520,7 @@ def prune(model: nn.Module, pruner: str, sparsity: float, example_input, keep=()
                 if not more:
                     raise ExperimentError(f"the network cannot be pruned: {reason}") from conflict
                 keep_channels(kept, more, reason)
+            gc.collect()  # what a failed attempt leaves is in reference cycles
         if count_parameters(compact) == count_parameters(model):
             raise ExperimentError("no channel was removed: sparsity is too low, or keep too long")
         for name, value in (*compact.named_parameters(), *compact.named_buffers()):
