@@ -850,7 +850,7 @@ def comparisons(frame):
         if len(differences) < 2:
             continue
         mean = differences.mean()
-        error = differences.sem() or math.nan  # equal differences would give a width of 0
+        error = differences.sem() or math.nan  # of equal differences; scipy warns about 0
         low, high = stats.t.interval(0.95, df=len(differences) - 1, loc=mean, scale=error)
         line = {"model": model["name"], "compared with": other["name"], "difference": mean}
         lines.append({**line, "low": low, "high": high, "conclusion": conclusion(low, high)})

@@ -58,10 +58,12 @@ def test_a_wrong_option_is_named(argument, call):
     assert argument.partition("=")[0] in err.rpartition("error: ")[2]  # usage lists all options
 
 
-def test_a_device_that_does_not_compute_is_named(fails):
+def test_a_device_that_does_not_compute_is_named(fails, monkeypatch):
     # An accelerator that this machine cannot have: CUDA on a Mac, Metal (mps) anywhere else.
     absent = "cuda" if sys.platform == "darwin" else "mps"
     assert fails(*QUICK, "--device", absent).startswith(f"--device {absent} does not work: ")
+    monkeypatch.delattr(script.F, "conv2d")  # there, but too old for torch
+    assert fails(*QUICK, "--device", "cpu").startswith("--device cpu does not work: ")
 
 
 # ----------------------------------------------------------------------------- .pth files
