@@ -220,8 +220,7 @@ def test_threads_are_no_more_than_the_processors_that_a_container_allows(monkeyp
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux's C library is told to keep it")
 def test_freed_memory_stays_for_the_next_tensors():
-    import resource
-
+    resource = pytest.importorskip("resource")
     script.prepare_processor()
     faults = []
     for _ in range(3):
