@@ -890,7 +890,7 @@ def results_table(frame):
             "times\nfewer": f"{baseline['parameters'] / mean['parameters']:.1f}x",
             "MACs\n10^6": f"{mean['macs'] / 1e6:.2f}",
             "train\ns": f"{mean['training_seconds']:.1f}",
-            "inference\nµs": f"{mean['inference_us']:.1f}",
+            "inference\nus": f"{mean['inference_us']:.1f}",
             "times\nfaster": f"{baseline['inference_us'] / mean['inference_us']:.1f}x",
         }
         lines.append({key: "" if "nan" in cell else cell for key, cell in line.items()})
