@@ -226,7 +226,7 @@ NETS = {
     "unused half": ("2", classifier(Net(lambda x: x.chunk(2, 1)[0]), conv(8))),
     "shuffle": ("2", classifier(nn.ChannelShuffle(2), conv())),
     "fixed view": ("2", classifier(Net(lambda x: x.view(8, 4, 16, 16)), conv(4))),
-    "sizes": ("0 1", classifier(conv(), Net(lambda x: x.view(x.size(0), x.size(1), -1)))),
+    "size": ("0 1.0 2", block(lambda x, b: b(x).view(x.size()), conv())),
     "parameter": ("2", block(lambda x, b: x * b.bias[:, None, None], conv())),
     "called twice": ("2", block(lambda x, b: b(b(x)), conv())),
     "tied": ("0", TIED),
