@@ -95,9 +95,13 @@ def logits_of(weights, images):
 def accuracy_of(weights, images, labels):
     """The accuracy of these weights in percent, to compare with; without `evaluate`, in float64."""
     doubles = {name: value.double() for name, value in weights.items()}
-    is_right = logits_of(doubles, images).argmax(1) == labels
-    # The script's float32 may round one of 300 images to another class.
-    return pytest.approx(100 * is_right.double().mean().item(), abs=0.34)
+    logits = logits_of(doubles, images)
+    is_right = logits.argmax(1) == labels
+    # The script's float32 may round two logits that are almost equal the other way.
+    largest, second = logits.topk(2).values.T
+    is_close = largest - second < 1e-5 * logits.abs().max()
+    right, close = (100 * share.double().mean().item() for share in (is_right, is_close))
+    return pytest.approx(right, abs=close + 1e-9)
 
 
 def run_python(folder, *arguments, **variables):

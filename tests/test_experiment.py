@@ -111,6 +111,7 @@ def test_the_digits_are_split_at_random():
     (x, y), (test_x, test_y) = script.load_small_digits()
     assert torch.cat((x, test_x)).equal(F.pad(large[:, 0], [4] * 4))
     assert torch.cat((y, test_y)).equal(labels[order])
+    assert len(test_y) == 360
 
 
 def test_each_of_several_seeds_is_a_run_of_its_own(call):
@@ -198,7 +199,9 @@ def test_the_defaults_on_the_digits(device, tmp_path):
     for row in rows_in(folder):
         accuracy = float(row["accuracy"])
         assert accuracy >= (97 if row["name"] == "baseline" else 94)
-        assert accuracy == accuracy_of(saved_weights(folder / f"{row['name']}.pth"), *test)
+        # Here the CPU computes, and it rounds differently: one of 360 images may change its class.
+        wanted = accuracy_of(saved_weights(folder / f"{row['name']}.pth"), *test)
+        assert abs(accuracy - wanted.expected) < 0.3
 
 
 def test_threads_are_no_more_than_the_processors_that_a_container_allows(monkeypatch):

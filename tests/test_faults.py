@@ -19,15 +19,7 @@ import tqdm
 from torchvision.datasets import MNIST
 
 import NNI_Pruning as script
-from conftest import (
-    ARCHIVES,
-    QUICK,
-    QUICK_TUNING,
-    REFERENCE,
-    SCRIPT,
-    files_of,
-    idx_bytes,
-)
+from conftest import ARCHIVES, QUICK, QUICK_TUNING, REFERENCE, SCRIPT, files_of, idx_bytes
 
 
 @pytest.fixture
