@@ -144,7 +144,7 @@ def import_nni():
     """
     warnings.filterwarnings("ignore", module="nni|torch.utils._pytree")  # about NNI's own code
     # NNI 3.0, the last release, requires a typeguard (< 4.1.3) that imports ast.Str but never uses
-    # it. Python 3.14 removed that name.
+    # it. Python 3.14 removed that name. On 3.12 and 3.13, hasattr would print a warning.
     if "Str" not in vars(ast):
         ast.Str = ast.Constant
     try:
@@ -166,8 +166,8 @@ def prepare_processor():
         from joblib import cpu_count  # reads affinity and a container's quota
 
         torch.set_num_threads(min(torch.get_num_threads(), cpu_count()))
-    # Linux's C library gives large tensors back to the system, and clears new memory for the next
-    # step. That can take half as long as the step, of the baseline but not of the small models.
+    # Linux's C library gives the memory of large tensors back to the system, and asks for it again
+    # in the next step. This can slow the baseline by half, and not the small models.
     with contextlib.suppress(AttributeError):  # macOS and Windows have no mallopt
         mallopt = ctypes.pythonapi.mallopt
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
