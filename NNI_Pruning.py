@@ -463,7 +463,300 @@ def evaluate(model, images, labels):
     return 100 * correct / len(labels), 1e6 * fastest
 
 
-# -------------------------------------------------------------------------------- pruning
+# ---------------------------------------------------------------------- results, report
+def write_results(folder, rows):
+    """Write results.csv, and return the rows as a DataFrame."""
+    import pandas as pd
+
+    frame = pd.DataFrame(rows)
+    write(folder / "results.csv", frame.to_csv(index=False).encode())
+    return frame
+
+
+def read_results(paths):
+    """The rows of results.csv files, or of the trials that NNI has exported, as a DataFrame.
+
+    Raises ExperimentError if they are not that, or do not belong together.
+    """
+    import pandas as pd
+
+    try:
+        frame = pd.concat([pd.read_csv(path) for path in paths], ignore_index=True)
+        for setting in SETTINGS:
+            values = frame[setting].unique()
+            if len(values) > 1:
+                raise ValueError(f"the runs differ: {setting} is {' and '.join(map(str, values))}")
+        # The trials of an NNI experiment have the same baseline, so its row can be there often.
+        frame = frame.drop_duplicates(["name", "pruner", "seed", "accuracy"], ignore_index=True)
+        if frame.duplicated(["name", "seed"]).any():
+            raise ValueError("a model has two different results of the same seed")
+        report(frame)  # fails if a column is missing, or holds what it should not
+    except Exception as error:  # a file can hold anything
+        raise ExperimentError(
+            f"{' and '.join(map(str, paths))}: no results.csv or exported trials that belong"
+            f" together ({one_line(error)})"
+        ) from error
+    return frame
+
+
+def comparisons(frame):
+    """Each pruned model against the others, over the seeds that both have.
+
+    The interval is Student's 95 % interval of the difference in accuracy, paired by seed.
+    """
+    from scipy import stats
+
+    # A given baseline is the same for all seeds. It does not tell how baselines differ.
+    frame = frame.query("not given")
+    accuracy = frame.pivot(index="seed", columns="name", values="accuracy")
+    models = frame.drop_duplicates("name").to_dict("records")
+    pruned = [model for model in models if model["kind"] == "pruned"]
+    lines = []
+    for model, other in product(pruned, models):
+        is_full_size = other["kind"] in ("baseline", "trained_on")
+        # Of two pruners, one comparison is enough.
+        is_partner = other["kind"] == "scratch" or other["name"] < model["name"]
+        is_of_one_size = is_partner and other["sparsity"] == model["sparsity"]
+        if not (is_full_size or is_of_one_size):
+            continue
+        # Rounded, so that errors of float do not make equal differences differ.
+        differences = (accuracy[model["name"]] - accuracy[other["name"]]).dropna().round(6)
+        if len(differences) < 2:
+            continue
+        mean = differences.mean()
+        error = differences.sem() or math.nan  # of equal differences; scipy warns about 0
+        low, high = stats.t.interval(0.95, df=len(differences) - 1, loc=mean, scale=error)
+        line = {"model": model["name"], "compared with": other["name"], "difference": mean}
+        lines.append({**line, "low": low, "high": high, "conclusion": conclusion(low, high)})
+    return lines
+
+
+def conclusion(low, high):
+    """What an interval of the difference in accuracy says in words; it can be NaN."""
+    if low > 0:
+        return "better"
+    if low > -MARGIN and 0 <= high < MARGIN:
+        return f"equal within {MARGIN}"
+    if low > -MARGIN:
+        return f"at most {MARGIN} worse"
+    return "worse" if high < 0 else "cannot tell"
+
+
+def results_table(frame):
+    """One line per model: means over its seeds."""
+    import tabulate
+
+    tabulate.MIN_PADDING = 0  # a heading needs no more room than its words
+    baselines = frame[frame["kind"] == "baseline"].set_index("seed")
+    images = frame["test_images"].iloc[0]
+    lines = []
+    for name, model in frame.set_index("seed").groupby("name", sort=False):
+        mean = model.mean(numeric_only=True)
+        baseline = baselines.reindex(model.index).mean(numeric_only=True)  # of the same seeds
+        wrong = (100 - model["accuracy"]) / 100 * images
+        spread = f" ± {wrong.std():.0f}" if len(wrong) > 1 else ""
+        line = {
+            "model": name,
+            "before\ntuning": f"{mean['accuracy_before']:.2f}",
+            "accuracy\n%": f"{mean['accuracy']:.2f}",
+            f"wrong of\n{images:,}": f"{wrong.mean():.0f}{spread}",
+            "para-\nmeters": f"{mean['parameters']:,.0f}",
+            "times\nfewer": f"{baseline['parameters'] / mean['parameters']:.1f}x",
+            "MACs\n10^6": f"{mean['macs'] / 1e6:.2f}",
+            "train\ns": f"{mean['training_seconds']:.1f}",
+            "inference\nus": f"{mean['inference_us']:.1f}",
+            "times\nfaster": f"{baseline['inference_us'] / mean['inference_us']:.1f}x",
+        }
+        lines.append({key: "" if "nan" in cell else cell for key, cell in line.items()})
+    return tabulate.tabulate(
+        lines, "keys", colalign=["left"], stralign="right", disable_numparse=True
+    )
+
+
+def report(frame):
+    """What was run, the table of the models, and what can be concluded from it."""
+    from tabulate import tabulate
+
+    run = frame.iloc[0]
+    data = "MNIST" if run["dataset"] == "mnist" else "scikit-learn digits, NOT MNIST"
+    parts = [
+        f"{data} ({run['train_images']:,} training and {run['test_images']:,} test images);"
+        f" {run['baseline_epochs']} + {run['finetune_epochs']} epochs;"
+        f" seeds {', '.join(map(str, frame['seed'].unique()))};\n"
+        f"{' and '.join(frame['hardware'].unique())}; {' and '.join(frame['versions'].unique())}",
+        results_table(frame),
+        "Small differences can be chance. Several seeds tell more: --seeds 0 1 2 3 4",
+    ]
+    lines = comparisons(frame)
+    if lines:
+        parts[-1] = tabulate(lines, headers="keys", floatfmt="+.2f").replace("+nan", "    ")
+        parts.append(
+            "Differences in percentage points, with 95 % intervals over the seeds. Each interval"
+            f"\nalone is wrong 1 time in 20, and the table has {len(lines)}."
+        )
+    return "\n\n".join(parts)
+
+
+COLORS = {"L1NormPruner": "#0072b2", "FPGMPruner": "#d55e00"}  # the color-blind can tell them apart
+
+
+def draw(frame, path):
+    """Draw accuracy (mean and standard deviation) and training time as a PNG file."""
+    os.environ["MPLBACKEND"] = "agg"  # Jupyter may set one that is not installed here
+    from matplotlib.figure import Figure  # pyplot would look for a screen
+
+    figure = Figure(figsize=(9, 4), dpi=160, layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    baseline_seconds = frame[frame["kind"] == "baseline"]["training_seconds"].mean()
+    for name, model in frame.groupby("name", sort=False):
+        kind, pruner = model[["kind", "pruner"]].iloc[0]
+        color = COLORS.get(pruner, "#595959")  # grey: not pruned
+        accuracy = model["accuracy"]
+        left.errorbar(accuracy.mean(), name, xerr=accuracy.std(), fmt="o", color=color)
+        is_later = kind in ("pruned", "trained_on") and baseline_seconds > 0  # not NaN
+        earlier = baseline_seconds if is_later else 0
+        seconds = model["training_seconds"].mean()
+        right.barh(name, earlier, color="#cccccc")
+        bar = right.barh(name, seconds, left=earlier, color=color)
+        right.bar_label(bar, [f"{earlier + seconds:.1f} s"], padding=3)
+    left.invert_yaxis()
+    left.set_xlabel("test accuracy, %\nmean and standard deviation over the seeds")
+    right.set_xlabel("training, s\nlight grey: that of the baseline, before")
+    right.margins(x=0.3)  # room for the seconds
+
+    file = io.BytesIO()
+    figure.savefig(file)
+    write(path, file.getvalue())
+
+
+# ----------------------------------------------------------------------------- experiment
+def train_evaluate_save(model, path, row, training, testing, after_epoch=None):
+    """Train a model as its row says, evaluate it, and save both. Returns the finished row."""
+    model.to(testing[1].device, memory_format=torch.channels_last)  # the faster layout
+    row |= {"parameters": count_parameters(model), "macs": count_macs(model)}
+    row["accuracy_before"] = evaluate(model, *testing)[0] if row["kind"] == "pruned" else None
+    row["training_seconds"] = train(
+        model,
+        *training,
+        epochs=row["epochs"],
+        lr=row["lr"],
+        batch_size=row["batch_size"],
+        seed=row["seed"],
+        title=f"{row['name']}, seed {row['seed']}",
+        after_epoch=after_epoch,
+    )
+    row["accuracy"], row["inference_us"] = evaluate(model, *testing)
+    save_model(path, model, row)
+    return row
+
+
+def row_of_baseline(path, settings):
+    """The row of a saved baseline. Raises ExperimentError if it was trained on other images."""
+    _, row = load_checkpoint(path)
+    expected = {**settings, "name": "baseline"}
+    for key in ("name", *SETTINGS[:3]):  # trained on the same images
+        if row.get(key) != expected[key]:
+            raise ExperimentError(f"{path} does not fit: its {key} is not {expected[key]}")
+    return {**row, "given": True, "inference_us": None}
+
+
+def main(argv=None):
+    """Run the experiment, print its report, and return the rows of its results."""
+    args = parse_options(argv)
+    if args.report:
+        frame = read_results(args.report)
+        picture = args.report[0].with_name("report.png")
+        print(report(frame))
+        draw(frame, picture)
+        print(f"\nSaved: {picture}")
+        return frame.to_dict("records")
+
+    # What is wrong with NNI, the device or the folder shows here, before anything is trained.
+    nni = import_nni()
+    prepare_processor()
+    device = select_device(args.device)
+    folder = args.checkpoint_dir / os.environ.get("NNI_TRIAL_JOB_ID", "")  # of a trial: its own
+    probe = folder / ".writable"
+    write(probe, b"")
+    probe.unlink()
+    dataset, training, testing = load_data(args.dataset, args.data_dir, args.subset)
+    training = [values.to(device) for values in training]
+    testing = [values.to(device) for values in testing]
+    epochs = args.epochs or EPOCHS[dataset]
+    finetune_epochs = args.finetune_epochs or epochs
+    precision = "bfloat16" if computes_bfloat16(device) else "float32"
+    machine = {
+        "hardware": f"{device.type}, {torch.get_num_threads()} threads, {precision}",
+        "versions": f"torch {torch.__version__}, NNI {version('nni')}",
+    }
+    settings = {
+        "dataset": dataset,
+        "train_images": len(training[1]),
+        "test_images": len(testing[1]),
+        "baseline_epochs": epochs,
+        "finetune_epochs": finetune_epochs,
+        "batch_size": args.batch_size or BATCH_SIZE[dataset],
+        "lr": args.lr,
+    }
+    if args.baseline:
+        given_row = row_of_baseline(args.baseline, settings)
+        settings["baseline_epochs"] = given_row["epochs"]
+    rows = []
+
+    def finish(model, path, seed, kind, epochs, pruner=None, sparsity=None, after_epoch=None):
+        """Train a model, and add it to the results."""
+        row = {"name": path.stem, "kind": kind, "seed": seed, "pruner": pruner}
+        row |= {"sparsity": sparsity, "epochs": epochs, "given": False, **settings, **machine}
+        rows.append(train_evaluate_save(model, path, row, training, testing, after_epoch))
+        write_results(folder, rows)
+
+    for seed in dict.fromkeys(args.seeds):  # each once
+        # The models of the first seed lie in the folder itself.
+        models_dir = folder if seed == args.seeds[0] else folder / f"seed_{seed}"
+
+        # 1. Train the baseline and save it, unless one is given.
+        baseline_path = args.baseline or models_dir / "baseline.pth"
+        if args.baseline:
+            rows.append({**given_row, **settings, "seed": seed})
+        else:
+            torch.manual_seed(seed)
+            finish(CNN(), baseline_path, seed, "baseline", epochs)
+
+        # 2. Load it, prune it with each pruner at each sparsity, and fine-tune.
+        widths_by_sparsity = {}  # all pruners remove equally many
+        for pruner, sparsity in product(dict.fromkeys(args.pruner), dict.fromkeys(args.sparsity)):
+            model = prune(load_model(baseline_path), pruner, sparsity, torch.rand(8, 1, 28, 28))
+            widths_by_sparsity[sparsity] = model.widths
+            # After each epoch, NNI's assessor may stop a trial. It learns the accuracy on training
+            # images, because the test images must not decide anything.
+            after_epoch = nni.report_intermediate_result if args.is_trial else None
+            path = models_dir / f"{pruner}_{sparsity}.pth"
+            finish(model, path, seed, "pruned", finetune_epochs, pruner, sparsity, after_epoch)
+
+        # 3. Train the controls: the baseline for as many more epochs as a pruned model; networks of
+        # the pruned sizes from random weights, for all epochs together and for the fine-tuning's.
+        if args.controls:
+            path = models_dir / f"baseline_{finetune_epochs}_more_epochs.pth"
+            finish(load_model(baseline_path), path, seed, "trained_on", finetune_epochs)
+            lengths = (settings["baseline_epochs"] + finetune_epochs, finetune_epochs)
+            for sparsity, length in product(widths_by_sparsity, lengths):
+                torch.manual_seed(seed)
+                model = CNN(widths_by_sparsity[sparsity])
+                path = models_dir / f"scratch_{sparsity}_{length}_epochs.pth"
+                finish(model, path, seed, "scratch", length, sparsity=sparsity)
+
+    # 4. Report.
+    if args.is_trial:
+        # The baseline is followed by the trial's pruned model. NNI maximizes "default".
+        nni.report_final_result({**rows[1], "default": rows[1]["accuracy"]})
+    frame = write_results(folder, rows)
+    print(report(frame))
+    draw(frame, folder / "results.png")
+    print(f"\nSaved: {folder}{os.sep} (models, results.csv, results.png)")
+    return rows
+
+
+# --------------------------------------------------------------------------- own networks
 PRUNABLE = (nn.Conv2d, nn.Linear)
 # Layers whose output channel i depends only on input channel i.
 CHANNELWISE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.InstanceNorm2d, nn.PReLU)
@@ -789,299 +1082,7 @@ def checked(graph, network, pruned, masks, example_input, dtype):
     return pruned
 
 
-# ---------------------------------------------------------------------- results, report
-def write_results(folder, rows):
-    """Write results.csv, and return the rows as a DataFrame."""
-    import pandas as pd
-
-    frame = pd.DataFrame(rows)
-    write(folder / "results.csv", frame.to_csv(index=False).encode())
-    return frame
-
-
-def read_results(paths):
-    """The rows of results.csv files, or of the trials that NNI has exported, as a DataFrame.
-
-    Raises ExperimentError if they are not that, or do not belong together.
-    """
-    import pandas as pd
-
-    try:
-        frame = pd.concat([pd.read_csv(path) for path in paths], ignore_index=True)
-        for setting in SETTINGS:
-            values = frame[setting].unique()
-            if len(values) > 1:
-                raise ValueError(f"the runs differ: {setting} is {' and '.join(map(str, values))}")
-        # The trials of an NNI experiment have the same baseline, so its row can be there often.
-        frame = frame.drop_duplicates(["name", "pruner", "seed", "accuracy"], ignore_index=True)
-        if frame.duplicated(["name", "seed"]).any():
-            raise ValueError("a model has two different results of the same seed")
-        report(frame)  # fails if a column is missing, or holds what it should not
-    except Exception as error:  # a file can hold anything
-        raise ExperimentError(
-            f"{' and '.join(map(str, paths))}: no results.csv or exported trials that belong"
-            f" together ({one_line(error)})"
-        ) from error
-    return frame
-
-
-def comparisons(frame):
-    """Each pruned model against the others, over the seeds that both have.
-
-    The interval is Student's 95 % interval of the difference in accuracy, paired by seed.
-    """
-    from scipy import stats
-
-    # A given baseline is the same for all seeds. It does not tell how baselines differ.
-    frame = frame.query("not given")
-    accuracy = frame.pivot(index="seed", columns="name", values="accuracy")
-    models = frame.drop_duplicates("name").to_dict("records")
-    pruned = [model for model in models if model["kind"] == "pruned"]
-    lines = []
-    for model, other in product(pruned, models):
-        is_full_size = other["kind"] in ("baseline", "trained_on")
-        # Of two pruners, one comparison is enough.
-        is_partner = other["kind"] == "scratch" or other["name"] < model["name"]
-        is_of_one_size = is_partner and other["sparsity"] == model["sparsity"]
-        if not (is_full_size or is_of_one_size):
-            continue
-        # Rounded, so that errors of float do not make equal differences differ.
-        differences = (accuracy[model["name"]] - accuracy[other["name"]]).dropna().round(6)
-        if len(differences) < 2:
-            continue
-        mean = differences.mean()
-        error = differences.sem() or math.nan  # of equal differences; scipy warns about 0
-        low, high = stats.t.interval(0.95, df=len(differences) - 1, loc=mean, scale=error)
-        line = {"model": model["name"], "compared with": other["name"], "difference": mean}
-        lines.append({**line, "low": low, "high": high, "conclusion": conclusion(low, high)})
-    return lines
-
-
-def conclusion(low, high):
-    """What an interval of the difference in accuracy says in words; it can be NaN."""
-    if low > 0:
-        return "better"
-    if low > -MARGIN and 0 <= high < MARGIN:
-        return f"equal within {MARGIN}"
-    if low > -MARGIN:
-        return f"at most {MARGIN} worse"
-    return "worse" if high < 0 else "cannot tell"
-
-
-def results_table(frame):
-    """One line per model: means over its seeds."""
-    import tabulate
-
-    tabulate.MIN_PADDING = 0  # a heading needs no more room than its words
-    baselines = frame[frame["kind"] == "baseline"].set_index("seed")
-    images = frame["test_images"].iloc[0]
-    lines = []
-    for name, model in frame.set_index("seed").groupby("name", sort=False):
-        mean = model.mean(numeric_only=True)
-        baseline = baselines.reindex(model.index).mean(numeric_only=True)  # of the same seeds
-        wrong = (100 - model["accuracy"]) / 100 * images
-        spread = f" ± {wrong.std():.0f}" if len(wrong) > 1 else ""
-        line = {
-            "model": name,
-            "before\ntuning": f"{mean['accuracy_before']:.2f}",
-            "accuracy\n%": f"{mean['accuracy']:.2f}",
-            f"wrong of\n{images:,}": f"{wrong.mean():.0f}{spread}",
-            "para-\nmeters": f"{mean['parameters']:,.0f}",
-            "times\nfewer": f"{baseline['parameters'] / mean['parameters']:.1f}x",
-            "MACs\n10^6": f"{mean['macs'] / 1e6:.2f}",
-            "train\ns": f"{mean['training_seconds']:.1f}",
-            "inference\nus": f"{mean['inference_us']:.1f}",
-            "times\nfaster": f"{baseline['inference_us'] / mean['inference_us']:.1f}x",
-        }
-        lines.append({key: "" if "nan" in cell else cell for key, cell in line.items()})
-    return tabulate.tabulate(
-        lines, "keys", colalign=["left"], stralign="right", disable_numparse=True
-    )
-
-
-def report(frame):
-    """What was run, the table of the models, and what can be concluded from it."""
-    from tabulate import tabulate
-
-    run = frame.iloc[0]
-    data = "MNIST" if run["dataset"] == "mnist" else "scikit-learn digits, NOT MNIST"
-    parts = [
-        f"{data} ({run['train_images']:,} training and {run['test_images']:,} test images);"
-        f" {run['baseline_epochs']} + {run['finetune_epochs']} epochs;"
-        f" seeds {', '.join(map(str, frame['seed'].unique()))};\n"
-        f"{' and '.join(frame['hardware'].unique())}; {' and '.join(frame['versions'].unique())}",
-        results_table(frame),
-        "Small differences can be chance. Several seeds tell more: --seeds 0 1 2 3 4",
-    ]
-    lines = comparisons(frame)
-    if lines:
-        parts[-1] = tabulate(lines, headers="keys", floatfmt="+.2f").replace("+nan", "    ")
-        parts.append(
-            "Differences in percentage points, with 95 % intervals over the seeds. Each interval"
-            f"\nalone is wrong 1 time in 20, and the table has {len(lines)}."
-        )
-    return "\n\n".join(parts)
-
-
-COLORS = {"L1NormPruner": "#0072b2", "FPGMPruner": "#d55e00"}  # the color-blind can tell them apart
-
-
-def draw(frame, path):
-    """Draw accuracy (mean and standard deviation) and training time as a PNG file."""
-    os.environ["MPLBACKEND"] = "agg"  # Jupyter may set one that is not installed here
-    from matplotlib.figure import Figure  # pyplot would look for a screen
-
-    figure = Figure(figsize=(9, 4), dpi=160, layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    baseline_seconds = frame[frame["kind"] == "baseline"]["training_seconds"].mean()
-    for name, model in frame.groupby("name", sort=False):
-        kind, pruner = model[["kind", "pruner"]].iloc[0]
-        color = COLORS.get(pruner, "#595959")  # grey: not pruned
-        accuracy = model["accuracy"]
-        left.errorbar(accuracy.mean(), name, xerr=accuracy.std(), fmt="o", color=color)
-        is_later = kind in ("pruned", "trained_on") and baseline_seconds > 0  # not NaN
-        earlier = baseline_seconds if is_later else 0
-        seconds = model["training_seconds"].mean()
-        right.barh(name, earlier, color="#cccccc")
-        bar = right.barh(name, seconds, left=earlier, color=color)
-        right.bar_label(bar, [f"{earlier + seconds:.1f} s"], padding=3)
-    left.invert_yaxis()
-    left.set_xlabel("test accuracy, %\nmean and standard deviation over the seeds")
-    right.set_xlabel("training, s\nlight grey: that of the baseline, before")
-    right.margins(x=0.3)  # room for the seconds
-
-    file = io.BytesIO()
-    figure.savefig(file)
-    write(path, file.getvalue())
-
-
-# ----------------------------------------------------------------------------- experiment
-def train_evaluate_save(model, path, row, training, testing, after_epoch=None):
-    """Train a model as its row says, evaluate it, and save both. Returns the finished row."""
-    model.to(testing[1].device, memory_format=torch.channels_last)  # the faster layout
-    row |= {"parameters": count_parameters(model), "macs": count_macs(model)}
-    row["accuracy_before"] = evaluate(model, *testing)[0] if row["kind"] == "pruned" else None
-    row["training_seconds"] = train(
-        model,
-        *training,
-        epochs=row["epochs"],
-        lr=row["lr"],
-        batch_size=row["batch_size"],
-        seed=row["seed"],
-        title=f"{row['name']}, seed {row['seed']}",
-        after_epoch=after_epoch,
-    )
-    row["accuracy"], row["inference_us"] = evaluate(model, *testing)
-    save_model(path, model, row)
-    return row
-
-
-def row_of_baseline(path, settings):
-    """The row of a saved baseline. Raises ExperimentError if it was trained on other images."""
-    _, row = load_checkpoint(path)
-    expected = {**settings, "name": "baseline"}
-    for key in ("name", *SETTINGS[:3]):  # trained on the same images
-        if row.get(key) != expected[key]:
-            raise ExperimentError(f"{path} does not fit: its {key} is not {expected[key]}")
-    return {**row, "given": True, "inference_us": None}
-
-
-def main(argv=None):
-    """Run the experiment, print its report, and return the rows of its results."""
-    args = parse_options(argv)
-    if args.report:
-        frame = read_results(args.report)
-        picture = args.report[0].with_name("report.png")
-        print(report(frame))
-        draw(frame, picture)
-        print(f"\nSaved: {picture}")
-        return frame.to_dict("records")
-
-    # What is wrong with NNI, the device or the folder shows here, before anything is trained.
-    nni = import_nni()
-    prepare_processor()
-    device = select_device(args.device)
-    folder = args.checkpoint_dir / os.environ.get("NNI_TRIAL_JOB_ID", "")  # of a trial: its own
-    probe = folder / ".writable"
-    write(probe, b"")
-    probe.unlink()
-    dataset, training, testing = load_data(args.dataset, args.data_dir, args.subset)
-    training = [values.to(device) for values in training]
-    testing = [values.to(device) for values in testing]
-    epochs = args.epochs or EPOCHS[dataset]
-    finetune_epochs = args.finetune_epochs or epochs
-    precision = "bfloat16" if computes_bfloat16(device) else "float32"
-    machine = {
-        "hardware": f"{device.type}, {torch.get_num_threads()} threads, {precision}",
-        "versions": f"torch {torch.__version__}, NNI {version('nni')}",
-    }
-    settings = {
-        "dataset": dataset,
-        "train_images": len(training[1]),
-        "test_images": len(testing[1]),
-        "baseline_epochs": epochs,
-        "finetune_epochs": finetune_epochs,
-        "batch_size": args.batch_size or BATCH_SIZE[dataset],
-        "lr": args.lr,
-    }
-    if args.baseline:
-        given_row = row_of_baseline(args.baseline, settings)
-        settings["baseline_epochs"] = given_row["epochs"]
-    rows = []
-
-    def finish(model, path, seed, kind, epochs, pruner=None, sparsity=None, after_epoch=None):
-        """Train a model, and add it to the results."""
-        row = {"name": path.stem, "kind": kind, "seed": seed, "pruner": pruner}
-        row |= {"sparsity": sparsity, "epochs": epochs, "given": False, **settings, **machine}
-        rows.append(train_evaluate_save(model, path, row, training, testing, after_epoch))
-        write_results(folder, rows)
-
-    for seed in dict.fromkeys(args.seeds):  # each once
-        # The models of the first seed lie in the folder itself.
-        models_dir = folder if seed == args.seeds[0] else folder / f"seed_{seed}"
-
-        # 1. Train the baseline and save it, unless one is given.
-        baseline_path = args.baseline or models_dir / "baseline.pth"
-        if args.baseline:
-            rows.append({**given_row, **settings, "seed": seed})
-        else:
-            torch.manual_seed(seed)
-            finish(CNN(), baseline_path, seed, "baseline", epochs)
-
-        # 2. Load it, prune it with each pruner at each sparsity, and fine-tune.
-        widths_by_sparsity = {}  # all pruners remove equally many
-        for pruner, sparsity in product(dict.fromkeys(args.pruner), dict.fromkeys(args.sparsity)):
-            model = prune(load_model(baseline_path), pruner, sparsity, torch.rand(8, 1, 28, 28))
-            widths_by_sparsity[sparsity] = model.widths
-            # After each epoch, NNI's assessor may stop a trial. It learns the accuracy on training
-            # images, because the test images must not decide anything.
-            after_epoch = nni.report_intermediate_result if args.is_trial else None
-            path = models_dir / f"{pruner}_{sparsity}.pth"
-            finish(model, path, seed, "pruned", finetune_epochs, pruner, sparsity, after_epoch)
-
-        # 3. Train the controls: the baseline for as many more epochs as a pruned model; networks of
-        # the pruned sizes from random weights, for all epochs together and for the fine-tuning's.
-        if args.controls:
-            path = models_dir / f"baseline_{finetune_epochs}_more_epochs.pth"
-            finish(load_model(baseline_path), path, seed, "trained_on", finetune_epochs)
-            lengths = (settings["baseline_epochs"] + finetune_epochs, finetune_epochs)
-            for sparsity, length in product(widths_by_sparsity, lengths):
-                torch.manual_seed(seed)
-                model = CNN(widths_by_sparsity[sparsity])
-                path = models_dir / f"scratch_{sparsity}_{length}_epochs.pth"
-                finish(model, path, seed, "scratch", length, sparsity=sparsity)
-
-    # 4. Report.
-    if args.is_trial:
-        # The baseline is followed by the trial's pruned model. NNI maximizes "default".
-        nni.report_final_result({**rows[1], "default": rows[1]["accuracy"]})
-    frame = write_results(folder, rows)
-    print(report(frame))
-    draw(frame, folder / "results.png")
-    print(f"\nSaved: {folder}{os.sep} (models, results.csv, results.png)")
-    return rows
-
-
+# --------------------------------------------------------------------------- command line
 if __name__ == "__main__":
     if hasattr(sys.stdout, "reconfigure"):  # a notebook has another
         sys.stdout.reconfigure(errors="replace")  # some consoles have no "±"
