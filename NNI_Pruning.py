@@ -32,7 +32,7 @@ import traceback
 import warnings
 from collections import Counter
 from importlib.metadata import version
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 
 import torch
@@ -64,7 +64,8 @@ MEAN = 0.1307  # of MNIST's training pixels, scaled to 0..1
 DEVIATION = 0.3081  # standard deviation of the same pixels
 
 # Runs can be compared if these columns of results.csv are equal.
-SETTINGS = "dataset train_images test_images baseline_epochs finetune_epochs batch_size lr".split()
+DATA = ("dataset", "train_images", "test_images")
+SETTINGS = (*DATA, "baseline_epochs", "finetune_epochs", "batch_size", "lr")
 MARGIN = 0.1  # percentage points: accuracies that differ by less count as equal
 
 
@@ -78,8 +79,7 @@ def one_line(error):
 
 
 # -------------------------------------------------------------------------------- options
-def parse_options(argv):
-    """The options of the command line, and of the trial if NNI runs one."""
+def parse_options(arguments: list[str], is_trial: bool) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "NNI_Pruning.py",
         description="Prune a CNN on MNIST, and compare accuracy, size and speed.",
@@ -111,20 +111,13 @@ def parse_options(argv):
     option("--baseline", type=Path, help="a saved baseline to start from")
     option("--report", type=Path, nargs="+", help="only show these results.csv files")
 
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    is_trial = "NNI_PLATFORM" in os.environ
-    if is_trial:
-        # NNI hands out the parameters of the next trial at each call, so call it only once.
-        parameters = import_nni().get_next_parameter() or {}
-        arguments += [f"--{k.replace('_', '-')}={value}" for k, value in parameters.items()]
     args = parser.parse_args(arguments)
-    args.is_trial = is_trial
     if is_trial and len(args.pruner) * len(args.sparsity) * len(args.seeds) > 1:
         parser.error("a trial of an NNI experiment needs one --pruner, one --sparsity, one --seed")
     return args
 
 
-def number_between(convert, low, high):
+def number_between(convert: type, low: float, high: float):
     """A `type` for argparse: a number between two others, both excluded."""
 
     def number(text):
@@ -194,7 +187,7 @@ def computes_bfloat16(device):
     return False
 
 
-def write(path, content):
+def write(path: Path, content: bytes):
     """Write a file, or raise ExperimentError. After a crash, the file is the old or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -208,7 +201,7 @@ def write(path, content):
 
 
 # ----------------------------------------------------------------------------------- data
-def load_data(requested, data_dir, subset):
+def load_data(requested: str | None, data_dir: Path, subset: int | None):
     """Load "mnist" or "digits". None means MNIST, or the digits if it cannot be downloaded.
 
     Returns the name of the dataset, (images, labels) for training, and the same for testing. Images
@@ -271,14 +264,14 @@ def load_small_digits():
     return [(images[part], labels[part]) for part in (order[:1437], order[1437:])]
 
 
-def random_part(data, size, generator):
+def random_part(data: tuple[Tensor, Tensor], size: int, generator: torch.Generator):
     """At most `size` random images of (images, labels), with their labels."""
     images, labels = data
     chosen = torch.randperm(len(labels), generator=generator)[:size]
     return images[chosen], labels[chosen]
 
 
-def normalize(images):
+def normalize(images: Tensor) -> Tensor:
     """uint8 (N, H, W) pixels as the float (N, 1, H, W) that the model takes."""
     # The same as (pixels / 255 - MEAN) / DEVIATION, with fewer passes over the pixels.
     return images.unsqueeze(1).float().sub_(255 * MEAN).mul_(1 / (255 * DEVIATION))
@@ -323,16 +316,17 @@ class CNN(nn.Module):
         return tuple(len(getattr(self, name).weight) for name in LAYERS)
 
 
-def count_parameters(model):
+def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def count_macs(model):
+def count_macs(model: CNN) -> int:
     """Multiply-accumulates (MACs) of one image's forward pass: half of torch's count."""
-    model.eval()  # in training mode, BatchNorm's statistics would change
-    image = torch.zeros(1, 1, 28, 28, device=model.output.weight.device)
+    spare = (
+        copy.deepcopy(model).cpu().eval()
+    )  # in training mode, BatchNorm's statistics would change
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        model(image)
+        spare(torch.zeros(1, 1, 28, 28))
     return counter.get_total_flops() // 2
 
 
@@ -344,7 +338,7 @@ def load_model(path: str | Path) -> CNN:
     return load_checkpoint(path)[0]
 
 
-def load_checkpoint(path):
+def load_checkpoint(path: Path) -> tuple[CNN, dict]:
     """Load a model as load_model does, and its row of the results."""
     try:
         # With weights_only, no code in the file runs.
@@ -359,7 +353,7 @@ def load_checkpoint(path):
     return model.eval(), row
 
 
-def save_model(path, model, row):
+def save_model(path: Path, model: CNN, row: dict):
     """Save a model and its row of the results to a file that load_model reads."""
     weights = {name: value.cpu() for name, value in model.state_dict().items()}
     file = io.BytesIO()
@@ -368,14 +362,33 @@ def save_model(path, model, row):
 
 
 # ------------------------------------------------------------------- training, evaluation
-def synchronized_time(device):
+def synchronized_time(device: torch.device) -> float:
     """The time in seconds, after the device finishes all work queued on it."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return timeit.default_timer()
 
 
-def train(model, images, labels, *, epochs, lr, batch_size, seed, title="", after_epoch=None):
+def new_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
+    # This check before each step would start CUDA, also for a model on the CPU. It can be broken.
+    optimizer._accelerator_graph_capture_health_check = lambda: None
+    return optimizer
+
+
+def train(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    epochs: int,
+    epochs_before: int = 0,
+    lr: float,
+    batch_size: int,
+    seed: int,
+    title: str = "",
+    after_epoch=None,
+) -> float:
     """Train a model in place and return the seconds of the training steps alone.
 
     Uses AdamW (Loshchilov and Hutter 2019), the one-cycle schedule (Smith and Topin 2018) and label
@@ -386,6 +399,9 @@ def train(model, images, labels, *, epochs, lr, batch_size, seed, title="", afte
     Args:
         images: uint8 (N, 28 + 2 * MAX_SHIFT, 28 + 2 * MAX_SHIFT). Each batch takes a slice of
             28 x 28 at a random place.
+        labels: int64 (N,).
+        epochs_before: as many epochs of this seed the model has seen; the training goes on with
+            the next ones.
         lr: the peak of the one-cycle schedule.
         seed: decides the order of the images, and the slices.
         after_epoch: is called with the accuracy on the epoch's training images, in percent.
@@ -395,10 +411,17 @@ def train(model, images, labels, *, epochs, lr, batch_size, seed, title="", afte
     from tqdm import trange
 
     device = images.device
-    if device.type == "cpu":
-        # A check before each step would start CUDA, which can be broken or in use.
-        torch.optim.Optimizer._accelerator_graph_capture_health_check = lambda _: None
     mixed_precision = torch.autocast(device.type, torch.bfloat16, enabled=computes_bfloat16(device))
+    generator = torch.Generator().manual_seed(seed)
+    steps = math.ceil(len(images) / batch_size)
+
+    def draw_epoch():
+        """The order of the images, and a slice's place for each step."""
+        # The CPU draws all random numbers of an epoch at once. So the steps never wait for the
+        # device, and the order is the same on every kind of device.
+        order = torch.randperm(len(images), generator=generator).to(device)
+        shifts = torch.randint(2 * MAX_SHIFT + 1, (steps, 2), generator=generator)
+        return order, shifts.tolist()
 
     def step(model, optimizer, indices, top, left):
         """One step; returns how many of its images the model got right before it."""
@@ -416,21 +439,18 @@ def train(model, images, labels, *, epochs, lr, batch_size, seed, title="", afte
     # The first step takes longer: torch chooses its kernels. So a copy takes one before the clock.
     model.train()
     spare = copy.deepcopy(model)
-    spare_optimizer = torch.optim.AdamW(spare.parameters(), lr=lr, fused=True)
-    step(spare, spare_optimizer, torch.arange(min(batch_size, len(images)), device=device), 0, 0)
+    first_images = torch.arange(min(batch_size, len(images)), device=device)
+    step(spare, new_optimizer(spare, lr), first_images, 0, 0)
 
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
-    steps = math.ceil(len(images) / batch_size)
+    optimizer = new_optimizer(model, lr)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps)
+    for _ in range(epochs_before):
+        draw_epoch()
     seconds = 0.0
     progress = trange(epochs, desc=title, unit="epoch")
     for _ in progress:
         start = synchronized_time(device)
-        # The CPU draws all random numbers of an epoch at once. So the steps never wait for the
-        # device, and the order is the same on every kind of device.
-        order = torch.randperm(len(images), generator=generator).to(device)
-        shifts = torch.randint(2 * MAX_SHIFT + 1, (steps, 2), generator=generator).tolist()
+        order, shifts = draw_epoch()
         correct = 0
         for indices, (top, left) in zip(order.split(batch_size), shifts):
             correct += step(model, optimizer, indices, top, left)
@@ -446,34 +466,74 @@ def train(model, images, labels, *, epochs, lr, batch_size, seed, title="", afte
 
 
 @torch.inference_mode()
-def evaluate(model, images, labels):
-    """Accuracy in percent; microseconds of inference per image in the fastest batch (at most 250).
+def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> dict:
+    """What the results say about a model on test images, without mixed precision.
 
-    Images: uint8 (N, 28, 28); labels: int64 (N,). Without mixed precision.
+    Args:
+        images: uint8 (N, 28, 28).
+        labels: int64 (N,).
+
+    Returns "accuracy", in percent; "wrong", the numbers of the images that the model gets wrong, as
+    text; and "inference_us", microseconds for one image in the fastest batch, with `normalize`.
     """
     model.eval()
-    model(normalize(images[:250]))  # the first call takes longer
-    correct = 0
+    # On a GPU, small batches would measure how long it takes to start the work.
+    size = 250 if images.device.type == "cpu" else len(images)
+    model(normalize(images[:size]))  # the first call takes longer
+    predicted = []
     fastest = math.inf
-    for batch, target in zip(images.split(250), labels.split(250)):
+    for batch in images.split(size):
         start = synchronized_time(images.device)
-        predicted = model(normalize(batch)).argmax(1)
+        predicted.append(model(normalize(batch)).argmax(1))
         fastest = min(fastest, (synchronized_time(images.device) - start) / len(batch))
-        correct += (predicted == target).sum().item()
-    return 100 * correct / len(labels), 1e6 * fastest
+    wrong = (torch.cat(predicted) != labels).nonzero().flatten().tolist()
+    return {
+        "accuracy": 100 * (len(labels) - len(wrong)) / len(labels),
+        "wrong": " ".join(map(str, wrong)),
+        "inference_us": 1e6 * fastest,
+    }
+
+
+# -------------------------------------------------------------------------------- pruning
+def prune_cnn(model: CNN, pruner: str, sparsity: float, scored: CNN | None = None) -> CNN:
+    """Prune a CNN in eval mode with NNI, in place, and return it: NNI's "Pruning Quick Start".
+
+    `prune`, at the end of this file, does the same for networks of other people.
+
+    Args:
+        pruner: L1NormPruner removes the filters of smallest L1 norm (Li et al. 2017), FPGMPruner
+            those nearest to the geometric median of their layer (He et al. 2019).
+        sparsity: the share of each layer's channels to remove.
+        scored: the CNN whose filters get the scores, if it is not the model itself.
+    """
+    nni = import_nni()
+    layers = {
+        "op_types": ["Conv2d", "Linear"],
+        "exclude_op_names": ["output"],
+    }  # it has ten classes
+    config = {**layers, "sparse_ratio": sparsity}
+    nni_pruner = getattr(nni.compression.pruning, pruner)(scored or model, [config])
+    _, masks = nni_pruner.compress()  # zeros for the weights of the filters to remove
+    nni_pruner.unwrap_model()  # the pruner has put each layer into a wrapper of its own
+    # ModelSpeedup tries the model on random numbers to learn what else goes with the filters.
+    torch.manual_seed(0)
+    images = torch.rand(8, 1, 28, 28)  # of a single image, it would prune nothing
+    # ModelSpeedup's own tracer fails on torch >= 2.2 ('NoneType' object has no attribute
+    # 'startswith', NNI issue 5768). It accepts a graph from torch.fx instead.
+    graph = torch.fx.symbolic_trace(model)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints "0 Filter"
+        speedup = nni.compression.speedup.ModelSpeedup(model, images, masks, graph_module=graph)
+        return speedup.speedup_model()
 
 
 # ---------------------------------------------------------------------- results, report
-def write_results(folder, rows):
-    """Write results.csv, and return the rows as a DataFrame."""
+def write_results(path: Path, rows: list[dict]):
     import pandas as pd
 
-    frame = pd.DataFrame(rows)
-    write(folder / "results.csv", frame.to_csv(index=False).encode())
-    return frame
+    write(path, pd.DataFrame(rows).to_csv(index=False).encode())
 
 
-def read_results(paths):
+def read_results(paths: list[Path]):
     """The rows of results.csv files, or of the trials that NNI has exported, as a DataFrame.
 
     Raises ExperimentError if they are not that, or do not belong together.
@@ -481,16 +541,18 @@ def read_results(paths):
     import pandas as pd
 
     try:
-        frame = pd.concat([pd.read_csv(path) for path in paths], ignore_index=True)
-        for setting in SETTINGS:
-            values = frame[setting].unique()
-            if len(values) > 1:
-                raise ValueError(f"the runs differ: {setting} is {' and '.join(map(str, values))}")
+        # "wrong" is text, also where it is empty or one number.
+        frames = [pd.read_csv(path, converters={"wrong": str}) for path in paths]
+        frame = pd.concat(frames, ignore_index=True)
         # The trials of an NNI experiment have the same baseline, so its row can be there often.
-        frame = frame.drop_duplicates(["name", "pruner", "seed", "accuracy"], ignore_index=True)
+        frame = frame.drop_duplicates(["name", "seed", "accuracy", "wrong"], ignore_index=True)
         if frame.duplicated(["name", "seed"]).any():
             raise ValueError("a model has two different results of the same seed")
-        report(frame)  # fails if a column is missing, or holds what it should not
+        for setting in SETTINGS:
+            # A given baseline may have been trained otherwise.
+            values = frame.query("kind != 'given'")[setting].unique()
+            if len(values) > 1:
+                raise ValueError(f"the runs differ: {setting} is {' and '.join(map(str, values))}")
     except Exception as error:  # a file can hold anything
         raise ExperimentError(
             f"{' and '.join(map(str, paths))}: no results.csv or exported trials that belong"
@@ -499,85 +561,99 @@ def read_results(paths):
     return frame
 
 
-def comparisons(frame):
-    """Each pruned model against the others, over the seeds that both have.
+def comparisons(frame) -> list[dict]:
+    """Each pruned model against those of its size, and those of full size.
 
-    The interval is Student's 95 % interval of the difference in accuracy, paired by seed.
+    Differences in accuracy, in percentage points, over the seeds that both models have.
     """
-    from scipy import stats
-
-    # A given baseline is the same for all seeds. It does not tell how baselines differ.
-    frame = frame.query("not given")
-    accuracy = frame.pivot(index="seed", columns="name", values="accuracy")
+    is_wrong = frame.set_index(["name", "seed"])["wrong"].str.get_dummies(" ")
+    # Those are the images that some model gets wrong. Add the others.
+    images = map(str, range(frame["test_images"].iloc[0]))
+    is_wrong = is_wrong.reindex(columns=images, fill_value=0)
     models = frame.drop_duplicates("name").to_dict("records")
-    pruned = [model for model in models if model["kind"] == "pruned"]
+    models.sort(key=lambda model: model["kind"] != "pruned")  # the pruned ones first
     lines = []
-    for model, other in product(pruned, models):
-        is_full_size = other["kind"] in ("baseline", "trained_on")
-        # Of two pruners, one comparison is enough.
-        is_partner = other["kind"] == "scratch" or other["name"] < model["name"]
-        is_of_one_size = is_partner and other["sparsity"] == model["sparsity"]
-        if not (is_full_size or is_of_one_size):
+    for model, other in combinations(models, 2):
+        is_of_one_size = other["sparsity"] == model["sparsity"] or math.isnan(other["sparsity"])
+        if model["kind"] != "pruned" or not is_of_one_size:
             continue
-        # Rounded, so that errors of float do not make equal differences differ.
-        differences = (accuracy[model["name"]] - accuracy[other["name"]]).dropna().round(6)
-        if len(differences) < 2:
+        differences = 100 * (is_wrong.loc[other["name"]] - is_wrong.loc[model["name"]]).dropna()
+        if differences.empty:  # no seed in common
             continue
-        mean = differences.mean()
-        error = differences.sem() or math.nan  # of equal differences; scipy warns about 0
-        low, high = stats.t.interval(0.95, df=len(differences) - 1, loc=mean, scale=error)
-        line = {"model": model["name"], "compared with": other["name"], "difference": mean}
-        lines.append({**line, "low": low, "high": high, "conclusion": conclusion(low, high)})
+        mean = differences.mean(axis=None)
+        half = half_interval(differences)
+        lines.append(
+            {
+                "model": model["name"],
+                "compared with": other["name"],
+                "difference": mean,
+                "low": mean - half,
+                "high": mean + half,
+                "conclusion": conclusion(mean - half, mean + half),
+            }
+        )
     return lines
 
 
-def conclusion(low, high):
-    """What an interval of the difference in accuracy says in words; it can be NaN."""
+def half_interval(differences) -> float:
+    """Half of the 95 % interval of the mean of differences: a row for each seed, a column an image.
+
+    The larger of Student's interval over the seeds and the normal one over the images. Few seeds
+    can lie close together by chance. Then the images tell how large a difference has to be.
+    """
+    import numpy as np
+    from scipy import stats
+
+    over_seeds = stats.t.ppf(0.975, len(differences) - 1) * differences.mean(axis=1).sem()
+    over_images = stats.norm.ppf(0.975) * differences.mean().sem()
+    return np.fmax(over_seeds, over_images)  # of one seed, the first is NaN, which does not count
+
+
+def conclusion(low: float, high: float) -> str:
+    """What an interval of the difference in accuracy says, in words that `report` explains."""
     if low > 0:
         return "better"
-    if low > -MARGIN and 0 <= high < MARGIN:
-        return f"equal within {MARGIN}"
-    if low > -MARGIN:
-        return f"at most {MARGIN} worse"
-    return "worse" if high < 0 else "cannot tell"
+    if high < 0:
+        return "worse"
+    return f"equal within {MARGIN}" if max(-low, high) < MARGIN else "cannot tell"
 
 
-def results_table(frame):
+def results_table(frame) -> str:
     """One line per model: means over its seeds."""
     import tabulate
 
     tabulate.MIN_PADDING = 0  # a heading needs no more room than its words
-    baselines = frame[frame["kind"] == "baseline"].set_index("seed")
-    images = frame["test_images"].iloc[0]
+    frame = frame.assign(wrong=frame["wrong"].str.split().str.len())
+    models = frame.groupby("name", sort=False)
+    means = models.mean(numeric_only=True)
+    spreads = models["wrong"].std().map(" +- {:.0f}".format, na_action="ignore").fillna("")
     lines = []
-    for name, model in frame.set_index("seed").groupby("name", sort=False):
-        mean = model.mean(numeric_only=True)
-        baseline = baselines.reindex(model.index).mean(numeric_only=True)  # of the same seeds
-        wrong = (100 - model["accuracy"]) / 100 * images
-        spread = f" ± {wrong.std():.0f}" if len(wrong) > 1 else ""
+    for name, mean in means.iterrows():
         line = {
             "model": name,
-            "before\ntuning": f"{mean['accuracy_before']:.2f}",
+            "before\ntraining": f"{mean['accuracy_before']:.2f}",
             "accuracy\n%": f"{mean['accuracy']:.2f}",
-            f"wrong of\n{images:,}": f"{wrong.mean():.0f}{spread}",
+            f"wrong of\n{mean['test_images']:,.0f}": f"{mean['wrong']:.0f}{spreads[name]}",
             "para-\nmeters": f"{mean['parameters']:,.0f}",
-            "times\nfewer": f"{baseline['parameters'] / mean['parameters']:.1f}x",
             "MACs\n10^6": f"{mean['macs'] / 1e6:.2f}",
             "train\ns": f"{mean['training_seconds']:.1f}",
             "inference\nus": f"{mean['inference_us']:.1f}",
-            "times\nfaster": f"{baseline['inference_us'] / mean['inference_us']:.1f}x",
         }
-        lines.append({key: "" if "nan" in cell else cell for key, cell in line.items()})
+        if "baseline" in means.index:  # exported trials have none
+            times = means.loc["baseline"] / mean
+            line["times\nfewer"] = f"{times['parameters']:.1f}x"
+            line["times\nfaster"] = f"{times['inference_us']:.1f}x"
+        lines.append(line)
     return tabulate.tabulate(
         lines, "keys", colalign=["left"], stralign="right", disable_numparse=True
     )
 
 
-def report(frame):
+def report(frame) -> str:
     """What was run, the table of the models, and what can be concluded from it."""
     from tabulate import tabulate
 
-    run = frame.iloc[0]
+    run = frame.iloc[-1]  # the first can be a baseline of another run
     data = "MNIST" if run["dataset"] == "mnist" else "scikit-learn digits, NOT MNIST"
     parts = [
         f"{data} ({run['train_images']:,} training and {run['test_images']:,} test images);"
@@ -585,14 +661,24 @@ def report(frame):
         f" seeds {', '.join(map(str, frame['seed'].unique()))};\n"
         f"{' and '.join(frame['hardware'].unique())}; {' and '.join(frame['versions'].unique())}",
         results_table(frame),
-        "Small differences can be chance. Several seeds tell more: --seeds 0 1 2 3 4",
     ]
     lines = comparisons(frame)
     if lines:
-        parts[-1] = tabulate(lines, headers="keys", floatfmt="+.2f").replace("+nan", "    ")
+        parts.append(tabulate(lines, headers="keys", floatfmt="+.2f"))
         parts.append(
-            "Differences in percentage points, with 95 % intervals over the seeds. Each interval"
-            f"\nalone is wrong 1 time in 20, and the table has {len(lines)}."
+            "Differences in accuracy, in percentage points, with 95 % intervals (low to high).\n"
+            "better, worse: the whole interval is above 0, or below.\n"
+            f"equal within {MARGIN}: the interval holds 0, and no difference of {MARGIN} or more.\n"
+            "cannot tell: neither."
+        )
+    if frame["seed"].nunique() == 1 or "given" in set(frame["kind"]):
+        parts.append(
+            "All of this is about one trained baseline. Another one can give other differences:\n"
+            "--seeds 0 1 2 3 4 trains five."
+        )
+    elif lines:
+        parts.append(
+            f"Each interval alone is wrong about 1 time in 20, and the table has {len(lines)}."
         )
     return "\n\n".join(parts)
 
@@ -600,76 +686,88 @@ def report(frame):
 COLORS = {"L1NormPruner": "#0072b2", "FPGMPruner": "#d55e00"}  # the color-blind can tell them apart
 
 
-def draw(frame, path):
-    """Draw accuracy (mean and standard deviation) and training time as a PNG file."""
-    os.environ["MPLBACKEND"] = "agg"  # Jupyter may set one that is not installed here
+def draw(frame, path: Path):
+    """Draw accuracy (each seed, mean, standard deviation) and training time as a PNG file."""
+    # Jupyter may name one that is not installed. Nothing else of this process needs a backend.
+    os.environ["MPLBACKEND"] = "agg"
     from matplotlib.figure import Figure  # pyplot would look for a screen
 
     figure = Figure(figsize=(9, 4), dpi=160, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    baseline_seconds = frame[frame["kind"] == "baseline"]["training_seconds"].mean()
+    baseline_seconds = frame[frame["name"] == "baseline"]["training_seconds"].mean()
     for name, model in frame.groupby("name", sort=False):
-        kind, pruner = model[["kind", "pruner"]].iloc[0]
-        color = COLORS.get(pruner, "#595959")  # grey: not pruned
+        color = COLORS.get(model["pruner"].iloc[0], "#595959")  # grey: by neither pruner
         accuracy = model["accuracy"]
+        left.plot(accuracy, [name] * len(accuracy), "|", color=color)
         left.errorbar(accuracy.mean(), name, xerr=accuracy.std(), fmt="o", color=color)
-        is_later = kind in ("pruned", "trained_on") and baseline_seconds > 0  # not NaN
+        is_later = model["epochs_before"].any() and baseline_seconds > 0  # not NaN
         earlier = baseline_seconds if is_later else 0
         seconds = model["training_seconds"].mean()
         right.barh(name, earlier, color="#cccccc")
         bar = right.barh(name, seconds, left=earlier, color=color)
         right.bar_label(bar, [f"{earlier + seconds:.1f} s"], padding=3)
     left.invert_yaxis()
-    left.set_xlabel("test accuracy, %\nmean and standard deviation over the seeds")
+    left.set_xlabel("test accuracy, %\neach seed, mean and standard deviation")
     right.set_xlabel("training, s\nlight grey: that of the baseline, before")
     right.margins(x=0.3)  # room for the seconds
 
     file = io.BytesIO()
-    figure.savefig(file)
+    figure.savefig(file, format="png")  # a user's matplotlibrc may name another format
     write(path, file.getvalue())
 
 
 # ----------------------------------------------------------------------------- experiment
-def train_evaluate_save(model, path, row, training, testing, after_epoch=None):
-    """Train a model as its row says, evaluate it, and save both. Returns the finished row."""
-    model.to(testing[1].device, memory_format=torch.channels_last)  # the faster layout
-    row |= {"parameters": count_parameters(model), "macs": count_macs(model)}
-    row["accuracy_before"] = evaluate(model, *testing)[0] if row["kind"] == "pruned" else None
-    row["training_seconds"] = train(
-        model,
-        *training,
-        epochs=row["epochs"],
-        lr=row["lr"],
-        batch_size=row["batch_size"],
-        seed=row["seed"],
-        title=f"{row['name']}, seed {row['seed']}",
-        after_epoch=after_epoch,
-    )
-    row["accuracy"], row["inference_us"] = evaluate(model, *testing)
-    save_model(path, model, row)
-    return row
+def trial_options() -> list[str]:
+    """The parameters of a trial of an NNI experiment, as options of the command line."""
+    # NNI hands out those of the next trial at each call, so call it only once.
+    parameters = import_nni().get_next_parameter() or {}
+    return [f"--{name.replace('_', '-')}={value}" for name, value in parameters.items()]
 
 
-def row_of_baseline(path, settings):
+def row_of_baseline(path: Path, settings: dict) -> dict:
     """The row of a saved baseline. Raises ExperimentError if it was trained on other images."""
     _, row = load_checkpoint(path)
     expected = {**settings, "name": "baseline"}
-    for key in ("name", *SETTINGS[:3]):  # trained on the same images
+    for key in ("name", *DATA):
         if row.get(key) != expected[key]:
             raise ExperimentError(f"{path} does not fit: its {key} is not {expected[key]}")
-    return {**row, "given": True, "inference_us": None}
+    return row
 
 
-def main(argv=None):
+def train_and_evaluate(model: CNN, row: dict, training, testing, after_epoch=None) -> dict:
+    """Train a model as its row says, and evaluate it. Returns the complete row."""
+    model.to(training[0].device, memory_format=torch.channels_last)  # the faster layout
+    accuracy_before = evaluate(model, *testing)["accuracy"]
+    settings = {key: row[key] for key in "epochs epochs_before lr batch_size seed".split()}
+    title = f"{row['name']}, seed {row['seed']}"
+    seconds = train(model, *training, **settings, title=title, after_epoch=after_epoch)
+    return {
+        **row,
+        "parameters": count_parameters(model),
+        "macs": count_macs(model),
+        "accuracy_before": accuracy_before,
+        "training_seconds": seconds,
+        **evaluate(model, *testing),
+    }
+
+
+def show(paths: list[Path], picture: Path):
+    """Print the report of results.csv files, and draw it."""
+    frame = read_results(paths)
+    print(report(frame))
+    draw(frame, picture)
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
     """Run the experiment, print its report, and return the rows of its results."""
-    args = parse_options(argv)
+    is_trial = "NNI_PLATFORM" in os.environ
+    arguments = sys.argv[1:] if argv is None else argv
+    args = parse_options([*arguments, *(trial_options() if is_trial else [])], is_trial)
     if args.report:
-        frame = read_results(args.report)
         picture = args.report[0].with_name("report.png")
-        print(report(frame))
-        draw(frame, picture)
+        show(args.report, picture)
         print(f"\nSaved: {picture}")
-        return frame.to_dict("records")
+        return []
 
     # What is wrong with NNI, the device or the folder shows here, before anything is trained.
     nni = import_nni()
@@ -678,17 +776,13 @@ def main(argv=None):
     folder = args.checkpoint_dir / os.environ.get("NNI_TRIAL_JOB_ID", "")  # of a trial: its own
     probe = folder / ".writable"
     write(probe, b"")
-    probe.unlink()
+    probe.unlink(missing_ok=True)  # another run may have taken it away
     dataset, training, testing = load_data(args.dataset, args.data_dir, args.subset)
     training = [values.to(device) for values in training]
     testing = [values.to(device) for values in testing]
     epochs = args.epochs or EPOCHS[dataset]
     finetune_epochs = args.finetune_epochs or epochs
     precision = "bfloat16" if computes_bfloat16(device) else "float32"
-    machine = {
-        "hardware": f"{device.type}, {torch.get_num_threads()} threads, {precision}",
-        "versions": f"torch {torch.__version__}, NNI {version('nni')}",
-    }
     settings = {
         "dataset": dataset,
         "train_images": len(training[1]),
@@ -697,61 +791,70 @@ def main(argv=None):
         "finetune_epochs": finetune_epochs,
         "batch_size": args.batch_size or BATCH_SIZE[dataset],
         "lr": args.lr,
+        "hardware": f"{device.type}, {torch.get_num_threads()} threads, {precision}",
+        "versions": f"torch {torch.__version__}, NNI {version('nni')}",
     }
     if args.baseline:
         given_row = row_of_baseline(args.baseline, settings)
-        settings["baseline_epochs"] = given_row["epochs"]
+        epochs = settings["baseline_epochs"] = given_row["epochs"]
+    results = folder / "results.csv"
     rows = []
 
-    def finish(model, path, seed, kind, epochs, pruner=None, sparsity=None, after_epoch=None):
-        """Train a model, and add it to the results."""
-        row = {"name": path.stem, "kind": kind, "seed": seed, "pruner": pruner}
-        row |= {"sparsity": sparsity, "epochs": epochs, "given": False, **settings, **machine}
-        rows.append(train_evaluate_save(model, path, row, training, testing, after_epoch))
-        write_results(folder, rows)
-
-    for seed in dict.fromkeys(args.seeds):  # each once
+    def finish(model, name, kind, seed, epochs, epochs_before=0, pruner=None, sparsity=None):
+        """Train and evaluate a model, save it, and add its row. Returns the path of its file."""
+        row = {"name": name, "kind": kind, "seed": seed, "pruner": pruner, "sparsity": sparsity}
+        row |= {"epochs": epochs, "epochs_before": epochs_before, **settings}
+        # After each epoch, NNI's assessor may stop a trial. It learns the accuracy on training
+        # images, because the test images must not decide anything.
+        after_epoch = nni.report_intermediate_result if is_trial and kind == "pruned" else None
+        row = train_and_evaluate(model, row, training, testing, after_epoch)
         # The models of the first seed lie in the folder itself.
         models_dir = folder if seed == args.seeds[0] else folder / f"seed_{seed}"
+        path = models_dir / f"{name}.pth"
+        save_model(path, model, row)
+        rows.append(row)
+        write_results(results, rows)
+        return path
 
+    for seed in dict.fromkeys(args.seeds):  # each once
         # 1. Train the baseline and save it, unless one is given.
-        baseline_path = args.baseline or models_dir / "baseline.pth"
         if args.baseline:
-            rows.append({**given_row, **settings, "seed": seed})
+            path = args.baseline
+            measured = evaluate(load_model(path).to(device), *testing)
+            rows.append({**settings, **given_row, **measured, "kind": "given", "seed": seed})
         else:
             torch.manual_seed(seed)
-            finish(CNN(), baseline_path, seed, "baseline", epochs)
+            path = finish(CNN(), "baseline", "baseline", seed, epochs)
 
         # 2. Load it, prune it with each pruner at each sparsity, and fine-tune.
-        widths_by_sparsity = {}  # all pruners remove equally many
+        later = {"seed": seed, "epochs": finetune_epochs, "epochs_before": epochs}
+        widths = {}  # by sparsity; all pruners remove equally many
         for pruner, sparsity in product(dict.fromkeys(args.pruner), dict.fromkeys(args.sparsity)):
-            model = prune(load_model(baseline_path), pruner, sparsity, torch.rand(8, 1, 28, 28))
-            widths_by_sparsity[sparsity] = model.widths
-            # After each epoch, NNI's assessor may stop a trial. It learns the accuracy on training
-            # images, because the test images must not decide anything.
-            after_epoch = nni.report_intermediate_result if args.is_trial else None
-            path = models_dir / f"{pruner}_{sparsity}.pth"
-            finish(model, path, seed, "pruned", finetune_epochs, pruner, sparsity, after_epoch)
+            model = prune_cnn(load_model(path), pruner, sparsity)
+            widths[sparsity] = model.widths
+            name = f"{pruner}_{sparsity}"
+            finish(model, name, "pruned", pruner=pruner, sparsity=sparsity, **later)
 
-        # 3. Train the controls: the baseline for as many more epochs as a pruned model; networks of
-        # the pruned sizes from random weights, for all epochs together and for the fine-tuning's.
+        # 3. Train the controls: the baseline for as many more epochs as a pruned model; models that
+        # lose filters chosen at random; networks of the pruned sizes from random weights, for all
+        # epochs together and for the fine-tuning's.
         if args.controls:
-            path = models_dir / f"baseline_{finetune_epochs}_more_epochs.pth"
-            finish(load_model(baseline_path), path, seed, "trained_on", finetune_epochs)
-            lengths = (settings["baseline_epochs"] + finetune_epochs, finetune_epochs)
-            for sparsity, length in product(widths_by_sparsity, lengths):
+            name = f"baseline_{finetune_epochs}_more_epochs"
+            finish(load_model(path), name, "trained_on", **later)
+            for sparsity in widths:
+                torch.manual_seed(-1 - seed)  # no baseline has started from these weights
+                model = prune_cnn(load_model(path), "L1NormPruner", sparsity, scored=CNN())
+                finish(model, f"random_{sparsity}", "random", sparsity=sparsity, **later)
+            for sparsity, length in product(widths, (epochs + finetune_epochs, finetune_epochs)):
                 torch.manual_seed(seed)
-                model = CNN(widths_by_sparsity[sparsity])
-                path = models_dir / f"scratch_{sparsity}_{length}_epochs.pth"
-                finish(model, path, seed, "scratch", length, sparsity=sparsity)
+                name = f"scratch_{sparsity}_{length}_epochs"
+                finish(CNN(widths[sparsity]), name, "scratch", seed, length, sparsity=sparsity)
 
     # 4. Report.
-    if args.is_trial:
+    if is_trial:
         # The baseline is followed by the trial's pruned model. NNI maximizes "default".
         nni.report_final_result({**rows[1], "default": rows[1]["accuracy"]})
-    frame = write_results(folder, rows)
-    print(report(frame))
-    draw(frame, folder / "results.png")
+    show([results], folder / "results.png")
     print(f"\nSaved: {folder}{os.sep} (models, results.csv, results.png)")
     return rows
 
@@ -1084,18 +1187,10 @@ def checked(graph, network, pruned, masks, example_input, dtype):
 
 # --------------------------------------------------------------------------- command line
 if __name__ == "__main__":
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook has another
-        sys.stdout.reconfigure(errors="replace")  # some consoles have no "±"
     try:
         main()
-        sys.stdout.flush()  # so that a closed pipe is noticed here
     except ExperimentError as error:
         sys.exit(f"NNI_Pruning.py: error: {error}")
     except KeyboardInterrupt:
-        print("NNI_Pruning.py: interrupted; results.csv has the finished models", file=sys.stderr)
+        print("NNI_Pruning.py: interrupted; finished models are saved", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        # The reader of the output has gone, as with `| head`. The interpreter's last flush would
-        # fail, too, so the rest goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
