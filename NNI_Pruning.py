@@ -507,11 +507,11 @@ def prune_cnn(model: CNN, pruner: str, sparsity: float, scored: CNN | None = Non
         scored: the CNN whose filters get the scores, if it is not the model itself.
     """
     nni = import_nni()
-    layers = {
+    config = {
         "op_types": ["Conv2d", "Linear"],
-        "exclude_op_names": ["output"],
-    }  # it has ten classes
-    config = {**layers, "sparse_ratio": sparsity}
+        "exclude_op_names": ["output"],  # it has one output for each class
+        "sparse_ratio": sparsity,
+    }
     nni_pruner = getattr(nni.compression.pruning, pruner)(scored or model, [config])
     _, masks = nni_pruner.compress()  # zeros for the weights of the filters to remove
     nni_pruner.unwrap_model()  # the pruner has put each layer into a wrapper of its own
@@ -601,12 +601,11 @@ def half_interval(differences) -> float:
     The larger of Student's interval over the seeds and the normal one over the images. Few seeds
     can lie close together by chance. Then the images tell how large a difference has to be.
     """
-    import numpy as np
     from scipy import stats
 
     over_seeds = stats.t.ppf(0.975, len(differences) - 1) * differences.mean(axis=1).sem()
     over_images = stats.norm.ppf(0.975) * differences.mean().sem()
-    return np.fmax(over_seeds, over_images)  # of one seed, the first is NaN, which does not count
+    return max(over_images, over_seeds)  # of one seed, over_seeds is NaN, which is never larger
 
 
 def conclusion(low: float, high: float) -> str:
@@ -756,6 +755,7 @@ def show(paths: list[Path], picture: Path):
     frame = read_results(paths)
     print(report(frame))
     draw(frame, picture)
+    print(f"\nSaved: {picture}")
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
@@ -764,9 +764,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     arguments = sys.argv[1:] if argv is None else argv
     args = parse_options([*arguments, *(trial_options() if is_trial else [])], is_trial)
     if args.report:
-        picture = args.report[0].with_name("report.png")
-        show(args.report, picture)
-        print(f"\nSaved: {picture}")
+        show(args.report, args.report[0].with_name("report.png"))
         return []
 
     # What is wrong with NNI, the device or the folder shows here, before anything is trained.
@@ -855,7 +853,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         # The baseline is followed by the trial's pruned model. NNI maximizes "default".
         nni.report_final_result({**rows[1], "default": rows[1]["accuracy"]})
     show([results], folder / "results.png")
-    print(f"\nSaved: {folder}{os.sep} (models, results.csv, results.png)")
+    print(f"Saved: {folder}{os.sep} (models, results.csv)")
     return rows
 
 
