@@ -625,14 +625,15 @@ def results_table(frame) -> str:
     frame = frame.assign(wrong=frame["wrong"].str.split().str.len())
     models = frame.groupby("name", sort=False)
     means = models.mean(numeric_only=True)
-    spreads = models["wrong"].std().map(" +- {:.0f}".format, na_action="ignore").fillna("")
+    spreads = models["wrong"].std()  # NaN for one seed
     lines = []
     for name, mean in means.iterrows():
+        spread = f" +- {spreads[name]:.0f}" if spreads[name] >= 0 else ""
         line = {
             "model": name,
             "before\ntraining": f"{mean['accuracy_before']:.2f}",
             "accuracy\n%": f"{mean['accuracy']:.2f}",
-            f"wrong of\n{mean['test_images']:,.0f}": f"{mean['wrong']:.0f}{spreads[name]}",
+            f"wrong of\n{mean['test_images']:,.0f}": f"{mean['wrong']:.0f}{spread}",
             "para-\nmeters": f"{mean['parameters']:,.0f}",
             "MACs\n10^6": f"{mean['macs'] / 1e6:.2f}",
             "train\ns": f"{mean['training_seconds']:.1f}",

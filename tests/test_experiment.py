@@ -19,13 +19,21 @@ import NNI_Pruning as script
 from conftest import (
     QUICK,
     QUICK_TUNING,
+    REFERENCE,
     SCRIPT,
     accuracy_of,
     read_idx,
     run_python,
     saved_weights,
     table_of,
+    wrong_images,
 )
+
+
+def new_model(seed, widths=script.WIDTHS):
+    torch.manual_seed(seed)
+    return script.CNN(widths)
+
 
 NAMES = ["baseline"]
 NAMES += [f"{pruner}_{sparsity}" for pruner, sparsity in product(script.PRUNERS, script.SPARSITIES)]
@@ -76,29 +84,43 @@ def test_table_files_and_models_agree_with_the_tests_own_count(finished):
         row = torch.load(path, weights_only=True)
         weights = row.pop("state_dict")
         assert line == {key: "" if value is None else str(value) for key, value in row.items()}
-        assert row["accuracy"] == accuracy_of(weights, *finished.test)
+        wrong = {*map(int, row["wrong"].split())}
+        expected, close = wrong_images(weights, *finished.test)
+        assert wrong ^ expected <= close
+        assert row["accuracy"] == pytest.approx(100 - 100 * len(wrong) / 300)
         sizes = [parameter.numel() for parameter in script.load_model(path).parameters()]
         assert row["parameters"] == sum(sizes)
-        wrong = (100 - row["accuracy"]) / 100 * row["test_images"]
-        cells = [f"{row['accuracy']:.2f}", f"{wrong:.0f}", f"{row['parameters']:,}"]
-        if name != "baseline":  # pruned from the saved file, and measured before it was trained on
+        if name == "baseline":
+            before = new_model(3).state_dict()
+        else:  # pruned from the saved file, and measured before it was trained on
             before, _ = pruned_by_hand(baseline, row["pruner"], row["sparsity"])
-            assert row["accuracy_before"] == accuracy_of(before, *finished.test)
             assert not weights["conv1.weight"].equal(before["conv1.weight"])
-            cells.insert(0, f"{row['accuracy_before']:.2f}")
-        assert table[name][: len(cells)] == cells
+        assert row["accuracy_before"] == accuracy_of(before, *finished.test)
+        cells = [row["accuracy_before"], row["accuracy"]]
+        cells = [f"{number:.2f}" for number in cells] + [str(len(wrong)), f"{sum(sizes):,}"]
+        assert table[name][:4] == cells
 
 
 def test_what_a_user_sees(finished):
     process = finished.process
-    heading, _, last, saved = process.stdout.split("\n\n")
+    heading, _, compared, _, note, saved = process.stdout.split("\n\n")
     assert heading.startswith(f"{finished.data}; 2 + 2 epochs; seeds 3;\ncpu, ")
     assert heading.endswith(f"; torch {torch.__version__}, NNI 3.0")
-    assert "--seeds 0 1 2 3 4" in last  # one seed: no verdict, but how to get one
+    pairs = [line.split()[:2] for line in compared.splitlines()[2:]]
+    assert pairs == [
+        ["L1NormPruner_0.5", "FPGMPruner_0.5"],
+        ["L1NormPruner_0.5", "baseline"],
+        ["L1NormPruner_0.75", "FPGMPruner_0.75"],
+        ["L1NormPruner_0.75", "baseline"],
+        ["FPGMPruner_0.5", "baseline"],
+        ["FPGMPruner_0.75", "baseline"],
+    ]
+    assert "one trained baseline" in note
     assert max(map(len, process.stdout.splitlines())) <= 120
     for noise in ("Traceback", "Warning", "Filter"):  # NNI's chatter is silenced
         assert noise not in process.stderr + process.stdout
-    assert saved == f"Saved: checkpoints{os.sep} (models, results.csv, results.png)\n"
+    where = f"checkpoints{os.sep}"
+    assert saved == f"Saved: {where}results.png\nSaved: {where} (models, results.csv)\n"
     files = [*(f"{name}.pth" for name in NAMES), "results.csv", "results.png"]
     assert sorted(path.name for path in finished.folder.iterdir()) == sorted(files)
 
@@ -133,11 +155,13 @@ def test_a_given_baseline_is_used_and_not_trained(call, tmp_path):
     (trained, _), *_ = call(*QUICK)
     given = tmp_path / "checkpoints" / "baseline.pth"
     content = given.read_bytes()
-    options = ["--baseline", given, "--seed", 5, "--controls", "--epochs", 7]
+    options = ["--baseline", given, "--seed", 5, "--controls", "--epochs", 7, "--lr", 0.02]
     (baseline, pruned, *controls), out, _ = call(*QUICK_TUNING, *options)
     assert "; 1 + 1 epochs; seeds 5;" in out  # not 7
-    assert baseline == {**trained, "seed": 5, "given": True, "inference_us": None}
-    assert not pruned["given"]
+    assert "All of this is about one trained baseline" in out
+    assert baseline.pop("inference_us") != trained.pop("inference_us")  # measured anew
+    assert baseline == {**trained, "kind": "given", "seed": 5}
+    assert (baseline["lr"], pruned["lr"]) == (0.01, 0.02)
     assert "scratch_0.5_2_epochs" in [row["name"] for row in controls]
     before, _ = pruned_by_hand(saved_weights(given), "L1NormPruner", 0.5)
     _, _, test = script.load_data("digits", tmp_path, 200)
@@ -150,34 +174,45 @@ def test_controls_are_as_long_as_they_say_and_start_where_they_say(call, tmp_pat
     train = script.train
     trainings = []
 
-    def train_and_record(model, *data, epochs, **settings):
+    def train_and_record(model, *data, epochs, epochs_before, **settings):
         assert all(map(torch.equal, data, training))
         assert [settings[key] for key in ("lr", "batch_size", "seed")] == [0.01, 64, 3]
         start = copy.deepcopy(model.state_dict())
         seconds = train(model, *data, epochs=epochs, **settings)
-        trainings.append((start, epochs, seconds))
+        trainings.append((start, epochs, epochs_before, seconds))
         return seconds
-
-    def new_model(*widths):
-        torch.manual_seed(3)
-        return script.CNN(widths).state_dict()
 
     monkeypatch.setattr(script, "train", train_and_record)
     options = "--epochs 2 --finetune-epochs 1 --controls --seed 3 --sparsity 0.75 0.5".split()
     rows, *_ = call(*QUICK, *options)
     saved = saved_weights(tmp_path / "checkpoints" / "baseline.pth")
-    expected = {"baseline": (2, new_model(*script.WIDTHS)), "baseline_1_more_epochs": (1, saved)}
+    start = new_model(3).state_dict()
+    expected = {"baseline": (2, 0, start), "baseline_1_more_epochs": (1, 2, saved)}
+    others = new_model(-4).state_dict()  # of a seed that no baseline can have
     for sparsity, *widths in ((0.75, 8, 16, 32, 12), (0.5, 16, 32, 64, 24)):
-        pruned, _ = pruned_by_hand(saved, "L1NormPruner", sparsity)
-        expected[f"L1NormPruner_{sparsity}"] = (1, pruned)
+        for name, scored in (("L1NormPruner", saved), ("random", others)):
+            pruned, _ = pruned_by_hand(saved, "L1NormPruner", sparsity, scored)
+            expected[f"{name}_{sparsity}"] = (1, 2, pruned)
         for epochs in (1, 3):
-            expected[f"scratch_{sparsity}_{epochs}_epochs"] = (epochs, new_model(*widths))
+            start = new_model(3, widths).state_dict()
+            expected[f"scratch_{sparsity}_{epochs}_epochs"] = (epochs, 0, start)
     assert len(rows) == len(expected)
     for row, (start, *trained) in zip(rows, trainings, strict=True):
-        epochs, weights = expected[row["name"]]
-        assert trained == [epochs, row["training_seconds"]]
-        assert row["epochs"] == epochs
-        assert all(value.equal(weights[key]) for key, value in start.items()), row["name"]
+        *epochs, weights = expected[row["name"]]
+        assert trained == [*epochs, row["training_seconds"]]
+        assert [row["epochs"], row["epochs_before"]] == epochs
+        for key, value in start.items():
+            # NNI makes BatchNorm anew, with a count of batches of 0.
+            assert "num_batches" in key or value.equal(weights[key]), row["name"]
+
+
+@pytest.mark.parametrize(("pruner", "sparsity"), [*product(script.PRUNERS, script.SPARSITIES)])
+def test_the_plain_lines_of_nni_and_prune_make_the_same_model(pruner, sparsity):
+    models = [script.load_model(REFERENCE / "baseline.pth") for _ in range(2)]
+    plain = script.prune_cnn(models[0], pruner, sparsity).state_dict()
+    general = script.prune(models[1], pruner, sparsity, torch.rand(8, 1, 28, 28)).state_dict()
+    for key, value in plain.items():
+        assert "num_batches" in key or value.equal(general[key])
 
 
 # --------------------------------------------------------------------- devices and threads
@@ -288,9 +323,12 @@ def test_order_shifts_labels_rates_and_time(monkeypatch):
     weights = torch.tensor([*model.weights, model.weight[0].item()])
     rates = 100 * (1 - weights[1:] / weights[:-1])
     assert rates[[0, 5, 19]].tolist() == pytest.approx([1 / 25, 1, 0], abs=1e-4)
-    other = RecordingModel()
+    other, later = RecordingModel(), RecordingModel()
     script.train(other, images, labels, seed=1, **settings)
     assert other.seen != model.seen
+    # A later training goes on with the epoch that the first one has not seen.
+    script.train(later, images, labels, seed=0, **{**settings, "epochs": 1}, epochs_before=1)
+    assert (later.seen, later.corners) == (second, model.corners[40:])
 
 
 def test_inference_time_is_that_of_the_fastest_batch(monkeypatch):
@@ -299,9 +337,13 @@ def test_inference_time_is_that_of_the_fastest_batch(monkeypatch):
     monkeypatch.setattr(timeit, "default_timer", lambda: sum(seconds[: len(model.weights)]))
     images = torch.zeros(600, 28, 28, dtype=torch.uint8)
     images[150:] = 1
-    accuracy, microseconds = script.evaluate(model, images, torch.zeros(600).long())
-    assert accuracy == 25
-    assert microseconds == pytest.approx(12_000)
+    measured = script.evaluate(model, images, torch.zeros(600).long())
+    wrong = " ".join(map(str, range(150, 600)))
+    assert measured == {
+        "accuracy": 25,
+        "wrong": wrong,
+        "inference_us": pytest.approx(12_000),
+    }
     assert model.modes == {False}
 
 

@@ -4,8 +4,6 @@ Each ends in a clear message and an exit status, and damages no file that was th
 """
 
 import contextlib
-import io
-import os
 import pickle
 import runpy
 import shutil
@@ -19,7 +17,7 @@ import tqdm
 from torchvision.datasets import MNIST
 
 import NNI_Pruning as script
-from conftest import ARCHIVES, QUICK, QUICK_TUNING, REFERENCE, SCRIPT, files_of, idx_bytes
+from conftest import ARCHIVES, QUICK, QUICK_TUNING, SCRIPT, files_of, idx_bytes
 
 
 @pytest.fixture
@@ -134,6 +132,18 @@ def test_a_folder_that_cannot_be_made(fails, tmp_path):
     assert f"cannot write {Path('file', 'new', '.writable')}" in message
 
 
+def test_another_run_takes_the_probe_away(fails, monkeypatch):
+    def lose(path, content):
+        assert path.name == ".writable"
+
+    def stop(*arguments):
+        raise script.ExperimentError("stopped")
+
+    monkeypatch.setattr(script, "write", lose)
+    monkeypatch.setattr(script, "load_data", stop)
+    assert fails(*QUICK) == "stopped"
+
+
 def test_a_full_disk_leaves_earlier_files_whole(call, fails, monkeypatch):
     call(*QUICK)
 
@@ -178,11 +188,9 @@ def test_a_loss_that_diverges(fails):
 def start(tmp_path, monkeypatch):
     """What `python NNI_Pruning.py` does, in this process and in tmp_path."""
 
-    def start(*arguments, stdout=None):
+    def start(*arguments):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
-        if stdout:
-            monkeypatch.setattr(sys, "stdout", stdout)
         runpy.run_path(str(SCRIPT), run_name="__main__")
 
     return start
@@ -210,21 +218,3 @@ def test_ctrl_c_keeps_what_is_ready(start, tmp_path, monkeypatch, capsys):
     assert set(files_of(folder)) == {"baseline.pth", "results.csv"}
     _, row = script.load_checkpoint(folder / "baseline.pth")
     assert [*script.read_results([folder / "results.csv"])["accuracy"]] == [row["accuracy"]]
-
-
-def test_a_console_that_cannot_show_plus_minus(start, tmp_path):
-    path = shutil.copy(REFERENCE / "bfloat16.csv", tmp_path)
-    report = script.report(script.read_results([path]))
-    assert " ± " in report
-    shown = io.BytesIO()
-    start("--report", path, stdout=io.TextIOWrapper(shown, encoding="ascii", newline="\n"))
-    assert shown.getvalue().startswith(report.encode("ascii", "replace"))
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows gives another error for a closed pipe")
-def test_a_pipe_that_closes(start, tmp_path):
-    path = shutil.copy(REFERENCE / "bfloat16.csv", tmp_path)
-    reader, writer = os.pipe()
-    os.close(reader)
-    with os.fdopen(writer, "w") as stream, pytest.raises(SystemExit, match="1"):
-        start("--report", path, stdout=stream)

@@ -20,15 +20,16 @@ LAYERS = (nn.Conv2d, nn.Linear)
 parametrize = pytest.mark.parametrize
 
 
-def pruned_by_hand(weights, pruner, sparsity):
+def pruned_by_hand(weights, pruner, sparsity, scored=None):
     """What pruning must make of a state_dict, by indexing; and the state_dict with zeros instead.
 
     The filters of the lowest scores go. L1: the sum of a filter's absolute values (Li et al. 2017).
-    FPGM: the sum of a filter's distances to all filters of its layer (He et al. 2019).
+    FPGM: the sum of a filter's distances to all filters of its layer (He et al. 2019). The filters
+    of `scored` get the scores, if there is one.
     """
     kept = {}
     for name in "conv1 conv2 conv3 hidden".split():
-        filters = weights[f"{name}.weight"].flatten(1).double()
+        filters = (scored or weights)[f"{name}.weight"].flatten(1).double()
         distances = (filters[:, None] - filters).norm(dim=2)
         scores = (filters.abs() if pruner == L1 else distances).sum(1)
         kept[name] = scores.argsort()[int(len(scores) * sparsity) :].sort().values
