@@ -840,9 +840,10 @@ def main(argv: list[str] | None = None) -> list[dict]:
         if args.controls:
             name = f"baseline_{finetune_epochs}_more_epochs"
             finish(load_model(path), name, "trained_on", **later)
+            torch.manual_seed(-1 - seed)  # no baseline has started from these weights
+            random = CNN()
             for sparsity in widths:
-                torch.manual_seed(-1 - seed)  # no baseline has started from these weights
-                model = prune_cnn(load_model(path), "L1NormPruner", sparsity, scored=CNN())
+                model = prune_cnn(load_model(path), "L1NormPruner", sparsity, scored=random)
                 finish(model, f"random_{sparsity}", "random", sparsity=sparsity, **later)
             for sparsity, length in product(widths, (epochs + finetune_epochs, finetune_epochs)):
                 torch.manual_seed(seed)
