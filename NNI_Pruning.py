@@ -571,9 +571,9 @@ def comparisons(frame) -> list[dict]:
     images = map(str, range(frame["test_images"].iloc[0]))
     is_wrong = is_wrong.reindex(columns=images, fill_value=0)
     models = frame.drop_duplicates("name").to_dict("records")
-    models.sort(key=lambda model: model["kind"] != "pruned")  # the pruned ones first
+    models.sort(key=lambda model: model["kind"] == "pruned")  # the pruned ones last
     lines = []
-    for model, other in combinations(models, 2):
+    for other, model in combinations(models, 2):
         is_of_one_size = other["sparsity"] == model["sparsity"] or math.isnan(other["sparsity"])
         if model["kind"] != "pruned" or not is_of_one_size:
             continue
@@ -673,12 +673,12 @@ def report(frame) -> str:
         )
     if frame["seed"].nunique() == 1 or "given" in set(frame["kind"]):
         parts.append(
-            "All of this is about one trained baseline. Another one can give other differences:\n"
+            "All these models come from one trained baseline. Another one can come out otherwise:\n"
             "--seeds 0 1 2 3 4 trains five."
         )
     elif lines:
         parts.append(
-            f"Each interval alone is wrong about 1 time in 20, and the table has {len(lines)}."
+            f"Each line alone is wrong at most about 1 time in 20, and the table has {len(lines)}."
         )
     return "\n\n".join(parts)
 

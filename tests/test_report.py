@@ -3,11 +3,9 @@
 from io import StringIO
 from itertools import product
 
-import matplotlib
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
-from scipy import stats
 
 import NNI_Pruning as script
 from conftest import QUICK, REFERENCE, files_of, read_idx
@@ -75,14 +73,6 @@ def test_intervals_of_hand_made_cases():
     assert "L1 baseline +0.50 +0.34 +0.66 better" in words_of(script.report(frame))
 
 
-def test_the_interval_over_the_seeds_is_that_of_a_paired_t_test():
-    numbers = [1000, 500, 90, 290], [900, 480, 80, 100]  # wrong of 10,000 images
-    frame = frame_of({"baseline": map(first, numbers[0]), "L1": map(first, numbers[1])})
-    (line,) = script.comparisons(frame)
-    interval = stats.ttest_rel(*numbers).confidence_interval()
-    assert [100 * line["low"], 100 * line["high"]] == pytest.approx(interval)
-
-
 @pytest.mark.parametrize(
     "low, high, words",
     [
@@ -101,16 +91,16 @@ def test_conclusions(low, high, words):
 def test_which_models_are_compared():
     pruned = ["L1", "L1_small", "FPGM"]
     frame = frame_of({name: ["0", "1"] for name in MODELS})
-    expected = [*product(pruned, ["baseline", "longer"]), ("L1", "FPGM")]
+    expected = [*product(pruned, ["baseline", "longer"]), ("FPGM", "L1")]
     expected += [*product(["L1", "FPGM"], ["scratch", "random"]), ("L1_small", "scratch_small")]
     lines = script.comparisons(frame)
     assert sorted((line["model"], line["compared with"]) for line in lines) == sorted(expected)
     text = script.report(frame)
-    assert f"wrong about 1 time in 20, and the table has {len(expected)}." in text
+    assert f"wrong at most about 1 time in 20, and the table has {len(expected)}." in text
     # Five seeds of one baseline say nothing about other baselines.
     frame.loc[frame["name"] == "baseline", "kind"] = "given"
     for one in (frame, frame[frame["seed"] == 1]):
-        assert "All of this is about one trained baseline." in script.report(one)
+        assert "All these models come from one trained baseline." in script.report(one)
 
 
 def test_a_line_of_the_table():
@@ -128,7 +118,12 @@ def test_a_line_of_the_table():
 def figures(monkeypatch):
     """The figures that the script draws."""
     figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+
+    def savefig(figure, file, format):
+        assert format == "png"  # whatever the user has set
+        figures.append(figure)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
     return figures
 
 
@@ -147,17 +142,11 @@ def test_values_of_the_picture(figures, tmp_path):
     assert [bar.get_x() for bar in right.patches[1::2]] == [0, 20.5, 20.5, 0]
 
 
-def test_a_picture_is_a_png_whatever_the_user_has_set(tmp_path, monkeypatch):
-    monkeypatch.setitem(matplotlib.rcParams, "savefig.format", "pdf")
-    script.draw(frame_of({"baseline": [""]}), tmp_path / "results.png")
-    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
-
-
 def test_exported_trials_have_no_baseline(call, figures, tmp_path):
     frame_of({"L1": [first(60)], "FPGM": [first(80)]}).to_csv(tmp_path / "sweep.csv")
     _, out, _ = call("--report", "sweep.csv")
     assert "FPGM 50.00 99.20 80 7,742 3.83 2.0 4.0 model compared" in words_of(out)
-    assert "L1 FPGM +0.20 +0.11 +0.29 better" in words_of(out)
+    assert "FPGM L1 -0.20 -0.29 -0.11 worse" in words_of(out)
     _, right = figures[0].axes
     assert [bar.get_width() for bar in right.patches] == [0, 2, 0, 2]
 
