@@ -167,7 +167,7 @@ def prepare_processor():
         mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: 32 MiB, the largest value
 
 
-def select_device(name):
+def select_device(name: str) -> torch.device:
     """The named device, tried with a small convolution. Raises ExperimentError if that fails."""
     try:
         image = torch.ones(1, 1, 3, 3, device=name)
@@ -177,7 +177,7 @@ def select_device(name):
         raise ExperimentError(f"--device {name} does not work: {one_line(error)}") from error
 
 
-def computes_bfloat16(device):
+def computes_bfloat16(device: torch.device) -> bool:
     """Whether the device computes bfloat16 in hardware; emulation would be slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)

@@ -44,17 +44,10 @@ def idx_bytes(values):
     return bytes((0, 0, uint8, values.dim())) + shape + values.byte().numpy().tobytes()
 
 
-def read_idx(data_dir: Path):
-    """Training images and labels, test images and labels, by code that is not the script's."""
-    tensors = []
-    for name in ARCHIVES:
-        unpacked = data_dir / "MNIST" / "raw" / name[:-3]  # without .gz
-        content = torch.frombuffer(bytearray(unpacked.read_bytes()), dtype=torch.uint8)
-        if "images" in name:
-            tensors.append(content[16:].view(-1, 28, 28))
-        else:
-            tensors.append(content[8:].long())
-    return tensors
+def read_mnist(data_dir: Path):
+    """Training images and labels, test images and labels."""
+    training, test = (MNIST(data_dir, train=is_train) for is_train in (True, False))
+    return training.data, training.targets, test.data, test.targets
 
 
 @pytest.fixture(scope="session")

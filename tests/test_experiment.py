@@ -22,7 +22,7 @@ from conftest import (
     REFERENCE,
     SCRIPT,
     accuracy_of,
-    read_idx,
+    read_mnist,
     run_python,
     saved_weights,
     table_of,
@@ -47,7 +47,7 @@ def finished(data_dir, tmp_path_factory):
     backend = "module://matplotlib_inline.backend_inline"  # what Jupyter hands to a `!python`
     process = run_python(folder, SCRIPT, "--data-dir", data_dir, *options, MPLBACKEND=backend)
     assert process.returncode == 0, process.stderr
-    _, training_labels, images, labels = read_idx(data_dir)
+    _, training_labels, images, labels = read_mnist(data_dir)
     generator = torch.Generator().manual_seed(0)
     # The script draws the training images first, from the same generator.
     chosen = torch.randperm(len(training_labels), generator=generator)[:1800]

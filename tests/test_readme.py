@@ -8,7 +8,7 @@ import pytest
 from test_pruning import SLOW
 
 import NNI_Pruning as script
-from conftest import REFERENCE, ROOT, read_idx
+from conftest import REFERENCE, ROOT, read_mnist
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -33,7 +33,7 @@ def test_code_runs_as_it_stands(data_dir, tmp_path, monkeypatch, capsys):
         exec(compile(snippet, "README.md", "exec"), names)
     *shapes, digit = capsys.readouterr().out.splitlines()
     assert shapes == ["torch.Size([8, 1000])", "torch.Size([2, 1000])"]
-    *_, test_labels = read_idx(data_dir)
+    *_, test_labels = read_mnist(data_dir)
     if len(test_labels) == 10_000:
         assert digit == str(int(test_labels[0]))
 

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 import NNI_Pruning as script
-from conftest import QUICK, REFERENCE, files_of, read_idx
+from conftest import QUICK, REFERENCE, files_of, read_mnist
 
 SETTINGS = {"dataset": "mnist", "train_images": 60_000, "test_images": 10_000, "lr": 0.01}
 SETTINGS |= {"baseline_epochs": 3, "finetune_epochs": 4, "batch_size": 256}
@@ -197,7 +197,7 @@ def test_what_is_no_result_is_refused():
 
 
 def test_reference_models_have_the_accuracies_of_their_results(data_dir):
-    *_, images, labels = read_idx(data_dir)
+    *_, images, labels = read_mnist(data_dir)
     if len(labels) != 10_000:
         pytest.skip("this is not the real MNIST")
     rows = script.read_results([REFERENCE / "bfloat16.csv"]).query("seed == 0").set_index("name")
