@@ -322,9 +322,7 @@ def count_parameters(model: nn.Module) -> int:
 
 def count_macs(model: CNN) -> int:
     """Multiply-accumulates (MACs) of one image's forward pass: half of torch's count."""
-    spare = (
-        copy.deepcopy(model).cpu().eval()
-    )  # in training mode, BatchNorm's statistics would change
+    spare = copy.deepcopy(model).cpu()  # BatchNorm's statistics change in training mode
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         spare(torch.zeros(1, 1, 28, 28))
     return counter.get_total_flops() // 2
