@@ -51,26 +51,23 @@ def words_of(text):
     return " ".join(text.split())
 
 
-def test_intervals_of_hand_made_cases():
-    # Of four images, L1 gains 0 (right with both seeds) and 1, and loses 3. By seed, the means are
-    # 0 and 1/2: mean 1/4, standard error 1/4, t(0.975, 1) = 12.706. By image, they are 1, 1/2, 0
-    # and -1/2: standard error 0.3227.
-    frame = frame_of({"baseline": ["0", "0 1"], "L1": ["3", ""]}, test_images=4)
-    (line,) = script.comparisons(frame.sort_values("wrong"))
-    assert [line["difference"], line["low"], line["high"]] == pytest.approx(
-        [25, 25 - 317.655, 25 + 317.655], abs=1e-3
-    )
-    # The seeds agree by chance: Student's interval has no width. By image: 1, 1/2, 1/2 and 0.
-    frame = frame_of({"baseline": ["0 1", "0 2"], "L1": ["", ""]}, test_images=4)
+@pytest.mark.parametrize(
+    "baseline, pruned, difference, half",
+    [
+        # Of four images, the pruned model gains 0, with both seeds, and 1, and loses 3. By seed,
+        # the means are 0 and 1/2: standard error 1/4, t(0.975, 1) = 12.7062.
+        (["0", "0 1"], ["3", ""], 25, 317.655),
+        # The seeds agree by chance. By image: 1, 1/2, 1/2 and 0. 40.008 is 97.998 (1/6)^0.5.
+        (["0 1", "0 2"], ["", ""], 50, 40.008),
+        # One seed, and another that only the baseline has: 93.826 is 97.998 (11/12)^0.5.
+        (["0 1", "3"], ["2"], 25, 93.826),
+    ],
+)
+def test_intervals_of_hand_made_cases(baseline, pruned, difference, half):
+    frame = frame_of({"baseline": baseline, "L1": pruned}, test_images=4).sort_values("wrong")
     (line,) = script.comparisons(frame)
-    half = 100 * 1.959964 * (1 / 6) ** 0.5 / 2
-    assert [line["low"], line["high"]] == pytest.approx([50 - half, 50 + half], abs=1e-3)
-    # One seed, and another that only the baseline has. L1 gains 60 of 10,000 images and loses 10.
-    frame = frame_of({"baseline": [first(60), "7"], "L1": [first(70)[len(first(60)) :]]})
-    (line,) = script.comparisons(frame)
-    half = 100 * 1.959964 * ((70 / 1e4 - 0.005**2) / (1e4 - 1)) ** 0.5
-    assert [line["difference"], line["high"]] == pytest.approx([0.5, 0.5 + half], abs=1e-6)
-    assert "L1 baseline +0.50 +0.34 +0.66 better" in words_of(script.report(frame))
+    found = [line["difference"], line["low"], line["high"]]
+    assert found == pytest.approx([difference, difference - half, difference + half], abs=1e-3)
 
 
 @pytest.mark.parametrize(
