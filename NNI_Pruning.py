@@ -620,7 +620,7 @@ def results_table(frame) -> str:
     import tabulate
 
     tabulate.MIN_PADDING = 0  # a heading needs no more room than its words
-    frame = frame.assign(wrong=frame["wrong"].str.split().str.len())
+    frame = frame.assign(wrong=frame["wrong"].str.count(r"\d+"))
     models = frame.groupby("name", sort=False)
     means = models.mean(numeric_only=True)
     spreads = models["wrong"].std()  # NaN for one seed

@@ -18,9 +18,9 @@ from test_pruning import pruned_by_hand
 import NNI_Pruning as script
 from conftest import (
     QUICK,
-    QUICK_TUNING,
     REFERENCE,
     SCRIPT,
+    SHORT,
     accuracy_of,
     read_mnist,
     run_python,
@@ -146,14 +146,14 @@ def test_a_given_baseline_is_used_and_not_trained(call, tmp_path):
     (trained, _), *_ = call(*QUICK)
     given = tmp_path / "checkpoints" / "baseline.pth"
     content = given.read_bytes()
-    options = ["--baseline", given, "--seed", 5, "--controls", "--epochs", 7, "--lr", 0.02]
-    (baseline, pruned, *controls), out, _ = call(*QUICK_TUNING, *options)
-    assert "; 1 + 1 epochs; seeds 5;" in out  # not 7
+    options = "--seed 5 --controls --epochs 7 --finetune-epochs 2 --lr 0.02".split()
+    (baseline, pruned, *controls), out, _ = call(*SHORT, "--baseline", given, *options)
+    assert "; 1 + 2 epochs; seeds 5;" in out  # not 7
     assert "All these models come from one trained baseline" in out
     assert baseline.pop("inference_us") != trained.pop("inference_us")  # measured anew
     assert baseline == {**trained, "kind": "given", "seed": 5}
     assert (baseline["lr"], pruned["lr"]) == (0.01, 0.02)
-    assert "scratch_0.5_2_epochs" in [row["name"] for row in controls]
+    assert "scratch_0.5_3_epochs" in [row["name"] for row in controls]
     before, _ = pruned_by_hand(saved_weights(given), "L1NormPruner", 0.5)
     _, _, test = script.load_data("digits", tmp_path, 200)
     assert pruned["accuracy_before"] == accuracy_of(before, *test)
@@ -252,11 +252,11 @@ def test_freed_memory_stays_for_the_next_tensors():
     resource = pytest.importorskip("resource")
     script.prepare_processor()
     faults = []
-    for _ in range(3):
+    for _ in range(8):  # the first ones still find their places
         tensors = [torch.ones(2**21) for _ in range(9)]  # 8 MiB each: 2,048 pages
         del tensors
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-    assert faults[2] - faults[1] < 1000
+    assert faults[-1] - faults[-2] < 1000
 
 
 # ------------------------------------------------------------------------ training, closer

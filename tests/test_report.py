@@ -140,10 +140,10 @@ def test_values_of_the_picture(figures, tmp_path):
 
 
 def test_exported_trials_have_no_baseline(call, figures, tmp_path):
-    frame_of({"L1": [first(60)], "FPGM": [first(80)]}).to_csv(tmp_path / "sweep.csv")
+    frame_of({"L1": ["7"], "FPGM": [""]}).to_csv(tmp_path / "sweep.csv")
     _, out, _ = call("--report", "sweep.csv")
-    assert "FPGM 50.00 99.20 80 7,742 3.83 2.0 4.0 model compared" in words_of(out)
-    assert "FPGM L1 -0.20 -0.29 -0.11 worse" in words_of(out)
+    assert "FPGM 50.00 100.00 0 7,742 3.83 2.0 4.0 model compared" in words_of(out)
+    assert "FPGM L1 +0.01 -0.01 +0.03 equal within 0.1" in words_of(out)
     _, right = figures[0].axes
     assert [bar.get_width() for bar in right.patches] == [0, 2, 0, 2]
 
