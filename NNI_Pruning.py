@@ -539,9 +539,9 @@ def read_results(paths: list[Path]):
     import pandas as pd
 
     try:
-        # "wrong" is text, also where it is empty or one number.
-        frames = [pd.read_csv(path, converters={"wrong": str}) for path in paths]
-        frame = pd.concat(frames, ignore_index=True)
+        # "wrong" is text, also where it is one number or empty.
+        frames = [pd.read_csv(path, dtype={"wrong": str}) for path in paths]
+        frame = pd.concat(frames, ignore_index=True).fillna({"wrong": ""})
         # The trials of an NNI experiment have the same baseline, so its row can be there often.
         frame = frame.drop_duplicates(["name", "seed", "accuracy", "wrong"], ignore_index=True)
         if frame.duplicated(["name", "seed"]).any():
