@@ -96,13 +96,7 @@ def parse_options(arguments: list[str], is_trial: bool) -> argparse.Namespace:
     option("--finetune-epochs", type=count, help="of each pruned model; None means --epochs")
     option("--batch-size", type=count, help=f"in images; None means {BATCH_SIZE}")
     option("--lr", type=number_between(float, 0, math.inf), default=LEARNING_RATE, help="peak rate")
-    option(
-        "--sparsity",
-        type=sparsity,
-        nargs="+",
-        default=SPARSITIES,
-        help="shares of channels to remove",
-    )
+    option("--sparsity", type=sparsity, nargs="+", default=SPARSITIES, help="shares to remove")
     option("--pruner", nargs="+", choices=PRUNERS, default=PRUNERS, help="pruners to compare")
     option("--subset", type=count, help="train on so many images, test on a sixth as many")
     option("--seeds", "--seed", type=seed, nargs="+", default=[0], help="one run for each")
@@ -580,16 +574,10 @@ def comparisons(frame) -> list[dict]:
             continue
         mean = differences.mean(axis=None)
         half = half_interval(differences)
-        lines.append(
-            {
-                "model": model["name"],
-                "compared with": other["name"],
-                "difference": mean,
-                "low": mean - half,
-                "high": mean + half,
-                "conclusion": conclusion(mean - half, mean + half),
-            }
-        )
+        line = {"model": model["name"], "compared with": other["name"], "difference": mean}
+        line |= {"low": mean - half, "high": mean + half}
+        line["conclusion"] = conclusion(mean - half, mean + half)
+        lines.append(line)
     return lines
 
 
