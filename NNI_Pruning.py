@@ -519,12 +519,6 @@ def prune_cnn(model: CNN, pruner: str, sparsity: float, scored: CNN | None = Non
 
 
 # ---------------------------------------------------------------------- results, report
-def write_results(path: Path, rows: list[dict]):
-    import pandas as pd
-
-    write(path, pd.DataFrame(rows).to_csv(index=False).encode())
-
-
 def read_results(paths: list[Path]):
     """The rows of results.csv files, or of the trials that NNI has exported, as a DataFrame.
 
@@ -747,6 +741,8 @@ def show(paths: list[Path], picture: Path):
 
 def main(argv: list[str] | None = None) -> list[dict]:
     """Run the experiment, print its report, and return the rows of its results."""
+    import pandas as pd
+
     is_trial = "NNI_PLATFORM" in os.environ
     arguments = sys.argv[1:] if argv is None else argv
     args = parse_options([*arguments, *(trial_options() if is_trial else [])], is_trial)
@@ -798,7 +794,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         path = models_dir / f"{name}.pth"
         save_model(path, model, row)
         rows.append(row)
-        write_results(results, rows)
+        write(results, pd.DataFrame(rows).to_csv(index=False).encode())
         return path
 
     for seed in dict.fromkeys(args.seeds):  # each once
