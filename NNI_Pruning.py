@@ -714,14 +714,14 @@ def row_of_baseline(path: Path, settings: dict) -> dict:
     return row
 
 
-def train_and_evaluate(model: CNN, row: dict, training, testing, after_epoch=None) -> dict:
-    """Train a model as its row says, and evaluate it. Returns the complete row."""
+def train_evaluate_save(model: CNN, row: dict, path: Path, training, testing, after_epoch) -> dict:
+    """Train a model as its row says, evaluate it, and save both. Returns the complete row."""
     model.to(training[0].device, memory_format=torch.channels_last)  # the faster layout
     accuracy_before = evaluate(model, *testing)["accuracy"]
     settings = {key: row[key] for key in "epochs epochs_before lr batch_size seed".split()}
     title = f"{row['name']}, seed {row['seed']}"
     seconds = train(model, *training, **settings, title=title, after_epoch=after_epoch)
-    return {
+    row = {
         **row,
         "parameters": count_parameters(model),
         "macs": count_macs(model),
@@ -729,6 +729,8 @@ def train_and_evaluate(model: CNN, row: dict, training, testing, after_epoch=Non
         "training_seconds": seconds,
         **evaluate(model, *testing),
     }
+    save_model(path, model, row)
+    return row
 
 
 def show(paths: list[Path], picture: Path):
@@ -782,18 +784,16 @@ def main(argv: list[str] | None = None) -> list[dict]:
     rows = []
 
     def finish(model, name, kind, seed, epochs, epochs_before=0, pruner=None, sparsity=None):
-        """Train and evaluate a model, save it, and add its row. Returns the path of its file."""
+        """Train, evaluate and save a model, and add its row. Returns the path of its file."""
         row = {"name": name, "kind": kind, "seed": seed, "pruner": pruner, "sparsity": sparsity}
         row |= {"epochs": epochs, "epochs_before": epochs_before, **settings}
         # After each epoch, NNI's assessor may stop a trial. It learns the accuracy on training
         # images, because the test images must not decide anything.
         after_epoch = nni.report_intermediate_result if is_trial and kind == "pruned" else None
-        row = train_and_evaluate(model, row, training, testing, after_epoch)
         # The models of the first seed lie in the folder itself.
         models_dir = folder if seed == args.seeds[0] else folder / f"seed_{seed}"
         path = models_dir / f"{name}.pth"
-        save_model(path, model, row)
-        rows.append(row)
+        rows.append(train_evaluate_save(model, row, path, training, testing, after_epoch))
         write(results, pd.DataFrame(rows).to_csv(index=False).encode())
         return path
 
