@@ -801,7 +801,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
         # 1. Train the baseline and save it, unless one is given.
         if args.baseline:
             path = args.baseline
-            measured = evaluate(load_model(path).to(device), *testing)
+            model = load_model(path).to(device, memory_format=torch.channels_last)
+            measured = evaluate(model, *testing)
             rows.append({**settings, **given_row, **measured, "kind": "given", "seed": seed})
         else:
             torch.manual_seed(seed)
