@@ -23,7 +23,6 @@ import gc
 import io
 import logging
 import math
-import operator
 import os
 import socket
 import sys
@@ -765,10 +764,12 @@ NARROWABLE = (*PRUNABLE, nn.Conv1d, nn.ConvTranspose2d, *CHANNELWISE)
 
 
 class Conflict(Exception):
-    """A node of the graph does not work with fewer channels. Arguments: node and reason."""
+    """What does not work with fewer channels. Argument: a list of nodes, each with a reason."""
 
 
-def prune(model: nn.Module, pruner: str, sparsity: float, example_input, keep=()) -> nn.Module:
+def prune(
+    model: nn.Module, pruner: str, sparsity: float, example_input: Tensor | tuple, keep=()
+) -> nn.Module:
     """Return a copy of a network with fewer channels.
 
     L1NormPruner removes the filters of smallest L1 norm (Li et al. 2017), FPGMPruner those nearest
@@ -776,8 +777,9 @@ def prune(model: nn.Module, pruner: str, sparsity: float, example_input, keep=()
 
     The copy computes what `model` computes with zeros for the removed channels. `prune` compares
     the two at the output of every layer, in float64 and on random numbers. Where they differ, or
-    where NNI fails, the layers before that place keep their channels, and `prune` starts again. A
-    warning of the logger "NNI_Pruning" tells why. The layers of the output always keep theirs.
+    where NNI fails, the layers before that place keep their channels, and `prune` starts again. If
+    that does not help, the block in which the place lies stays as it is. A warning of the logger
+    "NNI_Pruning" tells why. The layers of the output always keep their channels.
 
     The copy is on the CPU and in eval mode. Its parameters are new tensors, so make the optimizer
     for its fine-tuning afterwards. A head that only training uses may not fit the copy.
@@ -787,42 +789,71 @@ def prune(model: nn.Module, pruner: str, sparsity: float, example_input, keep=()
             Conv2d and Linear layers are pruned; summed ones lose the same channels.
         pruner: a name from PRUNERS.
         sparsity: the share of each layer's channels to remove; between 0 and 1, both excluded.
-        example_input: a tensor, a batch of about eight examples; or a tuple of tensors for several
-            inputs. NNI's time and memory grow with the area of images: take the smallest that fit.
+        example_input: a tensor, a batch of at least two examples; or a tuple of tensors for several
+            inputs. Time and memory grow with the batch and with the area of images: take the
+            smallest that fit.
         keep: names of more Conv2d or Linear layers, or blocks of them, that keep their channels.
 
     Raises ExperimentError if an argument is wrong, or if the network cannot be pruned.
     """
     if pruner not in PRUNERS or not 0 < sparsity < 1:
         raise ExperimentError(f"pruner must be in {PRUNERS}, and sparsity between 0 and 1")
+    kept = set()  # names of layers
+    opaque = set()  # names of blocks that are one node of the graph, and stay as they are
+    keep_named(kept, model, [keep] if isinstance(keep, str) else keep or ())
     # NNI needs gradients, and draws random numbers. What the caller has set stays as it is.
-    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+    with (
+        torch.inference_mode(False),
+        torch.autocast("cpu", enabled=False),
+        torch.random.fork_rng(devices=[]),
+    ):
         torch.default_generator.manual_seed(0)
-        network, graph, dtype = trace(model, example_input)
-        kept = layers_to_keep(graph, network, [keep] if isinstance(keep, str) else keep)
+        precision = comparable(model, example_input)
         while True:
             try:
-                pruned, masks = run_nni(graph, network, example_input, pruner, sparsity, kept)
-                compact = checked(graph, network, pruned, masks, example_input, dtype)
+                narrower, channels = run_nni(model, example_input, pruner, sparsity, kept, opaque)
+                compact = with_layers(model, narrower)
+                compare(model, compact, channels, example_input, precision, opaque)
                 break
             except Conflict as conflict:
-                node, reason = conflict.args
-                more = layers_before(node) - kept
-                if not more and type(layer_of(node)) in PRUNABLE:
-                    more = {node.target} - kept
-                if not more:
-                    raise ExperimentError(f"the network cannot be pruned: {reason}") from conflict
-                keep_channels(kept, more, reason)
+                keep_more(conflict, kept, opaque)
             gc.collect()  # what a failed attempt leaves is in reference cycles
-        if count_parameters(compact) == count_parameters(model):
-            raise ExperimentError("no channel was removed: sparsity is too low, or keep too long")
-        for name, value in (*compact.named_parameters(), *compact.named_buffers()):
-            original = operator.attrgetter(name)(model)
-            value.data = value.data.to(original.dtype)
-            value.requires_grad_(original.requires_grad)
-            if value.dim() == 0:
-                value.data.copy_(original)  # NNI resets BatchNorm's count of batches
+    if count_parameters(compact) == count_parameters(model):
+        raise ExperimentError("no channel was removed: sparsity is too low, or keep too long")
+    whole = set()
+    for name, layer in model.named_modules():
+        if type(layer) in PRUNABLE and len(layer.weight) == len(compact.get_submodule(name).weight):
+            whole.add(name)
+    keep_channels(kept, whole, "NNI removes none there")
     return compact
+
+
+# Copies and graphs.
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    """The dtype of tensors that a network, or NNI, creates."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def copy_of(model, dtype=None):
+    """A copy on the CPU, in eval mode. Its floating-point numbers are of a dtype, if one is given.
+
+    Deepcopy refuses tensors that a forward pass has computed and the network has stored.
+    """
+    values = tree_leaves([vars(module) for module in model.modules()])
+    computed = [value for value in values if isinstance(value, Tensor) and not value.is_leaf]
+    copied = copy.deepcopy(model, {id(value): value.detach().clone() for value in computed}).cpu()
+    if dtype is not None:
+        # Unlike copied.to(dtype), these leave complex numbers complex.
+        copied = copied.double() if dtype == torch.float64 else copied.float()
+    return copied.eval()
 
 
 def random_inputs(example_input, dtype):
@@ -830,19 +861,22 @@ def random_inputs(example_input, dtype):
     generator = torch.Generator().manual_seed(0)
     inputs = []
     for value in [example_input] if isinstance(example_input, Tensor) else example_input:
-        numbers = torch.rand(value.shape, generator=generator, dtype=dtype)
-        inputs.append(numbers if value.is_floating_point() else value.cpu().clone())
+        if value.is_floating_point():
+            numbers = torch.rand(value.shape, generator=generator, dtype=dtype)
+        else:
+            numbers = value.cpu().clone()
+        if value.dtype == torch.uint8:  # an image; NNI cannot draw a 255
+            numbers.random_(min(255, int(value.max()) + 1), generator=generator)
+        inputs.append(numbers)
     return inputs
 
 
-def copy_of(network, dtype):
-    network = copy.deepcopy(network)
-    # Unlike network.to(dtype), these leave complex numbers complex.
-    return network.double() if dtype == torch.float64 else network.float()
-
-
 class BlockTracer(Tracer):
-    """Makes a block that it cannot trace, such as one with an `if` on data, a single node."""
+    """Makes the blocks in `opaque` single nodes, and adds each to them that it cannot trace."""
+
+    def __init__(self, opaque):
+        super().__init__()
+        self.opaque = opaque
 
     def create_args_for_root(self, root_fn, is_module, inputs):
         # Arguments of forward that the user does not pass have their default values.
@@ -850,61 +884,63 @@ class BlockTracer(Tracer):
         proxies = [self.create_proxy("placeholder", f"input_{n}", (), {}) for n in numbers]
         return root_fn, [self.root, *proxies]
 
+    def is_leaf_module(self, module, name):
+        return name in self.opaque or super().is_leaf_module(module, name)
+
     def call_module(self, module, forward, args, kwargs):
-        size = len(self.graph.nodes)
+        if isinstance(module, NARROWABLE):  # NNI replaces no layer that is called by keyword
+            args, kwargs = (*args, *kwargs.values()), {}
+        known = len(self.opaque)
         try:
             return super().call_module(module, forward, args, kwargs)
         except Exception:  # the block's own code can raise anything
-            for node in reversed(list(self.graph.nodes)[size:]):  # of the part before the error
-                self.graph.erase_node(node)
-            return self.create_proxy("call_module", self.path_of_module(module), args, kwargs)
+            if len(self.opaque) == known:  # no block inside has raised
+                self.opaque.add(self.path_of_module(module))
+            raise
 
 
 @torch.no_grad()
-def trace(model, example_input):
-    """A copy of the network, its torch.fx graph, and the dtype to compare in."""
-    for dtype in (torch.float64, torch.float32):  # some networks ask for float32 in their own code
+def trace(model, example_input, dtype, opaque):
+    """A copy of the network as a torch.fx graph, with all constants in this dtype."""
+    while True:
+        known = len(opaque)
         try:
-            inputs = random_inputs(example_input, dtype)
-            network = copy.deepcopy(model).cpu().eval()
-            copy_of(network, dtype)(*inputs)
-            # Tracing adds the tensors that `forward` creates to the network.
-            graph = BlockTracer().trace(network, inputs)
-            graph.owning_module = network  # where layer_of looks
-            return network, graph, dtype
+            # Always a new copy: what `forward` writes to it is a Proxy of torch.fx.
+            network = copy_of(model, dtype)
+            graph = BlockTracer(opaque).trace(network, random_inputs(example_input, dtype))
+            break
+        except Exception as error:  # the network's own code can raise anything
+            if len(opaque) == known:
+                raise ExperimentError(f"torch.fx cannot trace the network: {why(error)}") from error
+    for node in graph.nodes:
+        if node.target in (torch.cat, torch.concat, torch.stack) and len(node.args) == 1:
+            # NNI wants to read the dimension.
+            dimension = node.kwargs.get("dim", node.kwargs.get("axis", 0))
+            node.args, node.kwargs = (*node.args, dimension), {}
+    return GraphModule(network, graph)
+
+
+def comparable(model, example_input):
+    """The dtype to compare in: float32 for networks that ask for it in their own code."""
+    for dtype in (torch.float64, torch.float32):
+        try:
+            with torch.no_grad(), default_dtype(dtype):
+                copy_of(model, dtype)(*random_inputs(example_input, dtype))
+            return dtype
         except Exception as error:  # the network's own code can raise anything
             failure = error
     raise ExperimentError(
-        "torch.fx cannot trace the network, or example_input is no tensor or tuple that fits:"
-        f" {one_line(failure)}"
+        f"example_input is no tensor or tuple that fits the network: {why(failure)}"
     ) from failure
 
 
-def layers_to_keep(graph, network, blocks):
-    """The names of the layers that must keep their channels, before any attempt."""
-    modules = dict(network.named_modules(remove_duplicate=False))
-    kept = layers_before(graph.output_node())
-    for block in blocks:
-        if block not in modules:
-            raise ExperimentError(f"keep names {block}, but the network has no such layer")
-        kept.update(name for name in modules if f"{name}.".startswith(f"{block}."))
+def why(error):
+    """One line about an error; about an assertion without words, its code."""
+    code = traceback.extract_tb(error.__traceback__)[-1].line
+    return one_line(error) if str(error) else f"{type(error).__name__} at `{code}`"
 
-    uses = Counter(value for _, value in network.named_parameters(remove_duplicate=False))
-    constants = set()  # nodes that depend on no input
-    for node in graph.nodes:
-        layer = layer_of(node)
-        sources = set(node.all_input_nodes)
-        if node.op == "get_attr" or (sources and sources <= constants):
-            constants.add(node)
-        elif layer is not None and any(uses[value] > 1 for value in layer.parameters()):
-            reason = f"{node.target} shares a parameter with another layer"
-            keep_channels(kept, {node.target, *layers_before(node)}, reason)
-        elif layer is not None and type(layer) not in NARROWABLE:
-            kind = type(layer).__name__
-            keep_channels(kept, layers_before(node), f"NNI does not prune {kind} {node.target}")
-        elif sources & constants:
-            keep_channels(kept, layers_before(node), f"{name_of(node)} reads a parameter")
-    return kept
+
+# Which layers keep their channels.
 
 
 def keep_channels(kept, names, reason):
@@ -912,6 +948,51 @@ def keep_channels(kept, names, reason):
     if new:
         logging.getLogger("NNI_Pruning").warning(f"All channels stay in {new}: {reason}")
     kept.update(names)
+
+
+def keep_named(kept, model, blocks):
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for block in blocks:
+        if block not in modules:
+            raise ExperimentError(f"keep names {block}, but the network has no such layer")
+        kept.update(name for name in modules if f"{name}.".startswith(f"{block}."))
+
+
+def keep_by_rule(kept, network, model):
+    """Keep what can be known before any attempt. Each rule saves attempts."""
+    kept.update(layers_before(network.graph.output_node()))
+    uses = Counter(value for _, value in model.named_parameters(remove_duplicate=False))
+    constants = set()  # nodes that depend on no input
+    for node in network.graph.nodes:
+        layer = layer_of(node)
+        sources = set(node.all_input_nodes)
+        if node.op == "get_attr" or (sources and sources <= constants):
+            constants.add(node)
+        elif layer is None:
+            if sources & constants:
+                keep_channels(kept, layers_before(node), f"{name_of(node)} reads a parameter")
+        elif any(uses[value] > 1 for value in model.get_submodule(node.target).parameters()):
+            reason = f"{node.target} shares a parameter with another layer"
+            keep_channels(kept, {node.target, *layers_before(node)}, reason)
+        elif type(layer) not in NARROWABLE:
+            kind = type(layer).__name__
+            keep_channels(kept, layers_before(node), f"NNI does not prune {kind} {node.target}")
+
+
+def keep_more(conflict, kept, opaque):
+    """The next step for each node: the layers before it, the layer itself, the blocks around it."""
+    before = set(kept)  # one attempt is one step, also for nodes with the same layers before them
+    for node, reason in conflict.args[0]:
+        more = layers_before(node) - before
+        if not more and type(layer_of(node)) in PRUNABLE:
+            more = {node.target} - before
+        if not more:
+            blocks = [name for name, _ in node.meta.get("nn_module_stack", {}).values()]
+            blocks = [name for name in blocks if name not in (node.target, "")]
+            if not blocks:
+                raise ExperimentError(f"the network cannot be pruned: {reason}") from conflict
+            opaque.add(blocks[-1])
+        keep_channels(kept, more, reason)
 
 
 def layer_of(node):
@@ -945,141 +1026,225 @@ def name_of(node):
     return f"layer {node.target}" if node.op == "call_module" else f"`{node.name}` in forward"
 
 
-def run_nni(graph, network, example_input, pruner, sparsity, kept):
-    """Prune a copy of the network with NNI. Returns it, and a mask of each node's output."""
-    nni = import_nni()
-    dtypes = {value.dtype for value in network.parameters()}
-    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-    network = copy_of(network, dtype)
-    # ModelSpeedup's own tracer fails on torch >= 2.2 ('NoneType' object has no attribute
-    # 'startswith', NNI issue 5768). It accepts a graph from torch.fx instead.
-    traced = GraphModule(network, graph)
-    updater = nni.compression.speedup.mask_updater.DefaultMaskUpdater()
-    updater.detect = lambda _, node: node.target is operator.getitem
-    speedup = nni.compression.speedup.ModelSpeedup(
-        network,
-        tuple(random_inputs(example_input, dtype)),
-        {},
-        customized_mask_updaters=[updater],
-        graph_module=traced,
-        logger=logging.getLogger("nni"),
-    )
-    # For a network with `x.size()`, NNI deletes this attribute, but never sets it.
-    for info in speedup.node_infos.values():
-        info._output_randomize = None
-    # NNI's versions of these two fail on a single logit, and on several outputs of one layer.
-    speedup.tensor_propagate_check = lambda value: value.numel() % speedup.batch_size == 0
+# NNI.
 
-    def backward_from(value, mask):
+
+class Workarounds:
+    """Methods that replace, or prepare, those of NNI's ModelSpeedup."""
+
+    def tensor_propagate_check(self, value):
+        """NNI's refuses a single logit."""
+        return value.numel() % self.batch_size == 0
+
+    def initialize_propagate(self, inputs):
+        """NNI takes a parameter of equal numbers, such as the zeros of a new layer, for unused.
+
+        It restores the parameters afterwards.
+        """
+        super().initialize_propagate(inputs)
+        for parameter in self.graph_module.parameters():
+            parameter.grad = torch.zeros_like(parameter)  # also where no gradient arrives
+            if parameter.min() == parameter.max():
+                parameter.data.uniform_()
+
+    @torch.no_grad()
+    def propagate_originally(self):
+        """Values that remember how they were computed take memory, and some code refuses them."""
+        super().propagate_originally()
+
+    def indirect_backward(self, value, mask):
+        """NNI's fails on several outputs of one layer."""
         if mask is not None and value.requires_grad:
             value.backward(mask.expand_as(value), retain_graph=True)
 
-    speedup.indirect_backward = backward_from
-    config = {"op_types": ["Conv2d", "Linear"], "exclude_op_names": sorted(kept)}
-    config["sparse_ratio"] = sparsity
+    @torch.no_grad()
+    def replace_compressed_modules(self):
+        """NNI cannot make all layers anew. Replace those that lose a channel.
+
+        `narrower` has the new layers by name; `channels` by node, which of their input's and their
+        output's channels are left.
+        """
+        make = import_nni().compression.speedup.replacement.replace_module
+        self.narrower = {}
+        self.channels = {}
+        for node, info in self.node_infos.items():
+            layer = layer_of(node)
+            if type(layer) in NARROWABLE:
+                masks = self.node_infos[node.args[0]].output_masks, info.output_masks
+                left = [
+                    mask.movedim(axis_of(layer), 0).flatten(1).any(dim=1) for mask in masks
+                ]
+                if not all(map(torch.all, left)):
+                    kind = type(layer).__name__
+                    arguments = ([masks[0]], masks[1], info.param_masks)
+                    self.narrower[node.target] = make[kind](layer, arguments)
+                    self.channels[node.name] = left
+
+
+def axis_of(layer):
+    return -1 if isinstance(layer, nn.Linear) else 1
+
+
+def run_nni(model, example_input, pruner, sparsity, kept, opaque):
+    """Prune a copy of the network with NNI. Returns Workarounds' `narrower` and `channels`."""
+    nni = import_nni()
+    tools = nni.compression.speedup
+    tools.model_speedup.sparsity_stats = lambda masks: ""  # words of log lines, a third of the time
+    speedup_class = type("Speedup", (Workarounds, tools.ModelSpeedup), {})
+    # NNI's other ways to propagate masks through functions fail, on a relu of a parameter for one.
+    updater = tools.mask_updater.DefaultMaskUpdater()
+    updater.detect = lambda _, node: node.op != "call_module"
+    is_double = any(value.dtype == torch.float64 for value in model.parameters())
+    dtype = torch.float64 if is_double else torch.float32
+    inputs = random_inputs(example_input, dtype)
+    with default_dtype(dtype), contextlib.redirect_stdout(io.StringIO()):  # NNI prints
+        network = trace(model, example_input, dtype, opaque)
+        keep_by_rule(kept, network, model)
+        names = [node.target for node in network.graph.nodes if type(layer_of(node)) in PRUNABLE]
+        names = [name for name in dict.fromkeys(names) if name not in kept]
+        if not names:
+            raise ExperimentError("nothing can be pruned: no layer may lose channels")
+        try:
+            with torch.no_grad():
+                # ModelSpeedup's own tracer fails on torch >= 2.2 ('NoneType' object has no
+                # attribute 'startswith', NNI issue 5768). It accepts a graph from torch.fx instead.
+                speedup = speedup_class(
+                    network,
+                    tuple(inputs),
+                    {},
+                    batch_size=max(2, len(inputs[0])),
+                    customized_mask_updaters=[updater],
+                    graph_module=network,
+                    logger=logging.getLogger("nni"),
+                )
+            # 1. Choose the channels to remove.
+            configs = configs_of(network, names, sparsity)
+            nni_pruner = getattr(nni.compression.pruning, pruner)(network, configs)
+            _, speedup.masks = nni_pruner.compress()
+            nni_pruner.unwrap_model()
+            # 2. Make smaller layers.
+            speedup.speedup_model()
+        except Exception as error:  # NNI raises errors of many kinds
+            # In NNI's functions, `node` is the node on which they work.
+            frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+            nodes = [frame.f_locals["node"] for frame in frames if "node" in frame.f_locals]
+            node = nodes[-1] if nodes else network.graph.output_node()
+            reason = f"NNI fails at {name_of(node)}: {why(error)}"
+            raise Conflict([(node, reason)]) from error
+    return speedup.narrower, speedup.channels
+
+
+def configs_of(network, names, sparsity):
+    """NNI's configuration of each of these layers."""
+    config = {"op_names": names, "sparse_ratio": sparsity}
     # Groups ("denpendency" is NNI's spelling) make summed layers lose the same channels.
-    configs = nni.compression.speedup.auto_set_denpendency_group_ids(traced, [config])
-    if not configs:
-        raise ExperimentError("nothing can be pruned: no Conv2d or Linear layer may lose channels")
-    for config in configs:
+    groups = import_nni().compression.speedup.auto_set_denpendency_group_ids(network, [config])
+    for config in groups:
         if "dependency_group_id" in config:
             # NNI cannot add the scores of layers that differ in kind or in number of channels.
             weight = network.get_submodule(config["op_names"][0]).weight
             config["dependency_group_id"] += f" {weight.dim()} {len(weight)}"
-    dtype_before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # NNI creates its layers in the default dtype
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # NNI prints
-            # 1. Choose the channels to remove.
-            nni_pruner = getattr(nni.compression.pruning, pruner)(network, configs)
-            _, speedup.masks = nni_pruner.compress()
-            nni_pruner.unwrap_model()
-            # 2. Replace the layers by smaller ones. NNI takes a parameter of equal numbers, such as
-            # the zeros of a new layer, for unused. Random numbers replace them meanwhile.
-            equal = {}
-            for name, parameter in network.named_parameters():
-                parameter.grad = torch.zeros_like(parameter)  # also where no gradient arrives
-                if parameter.min() == parameter.max():
-                    equal[name] = parameter.data.max()
-                    parameter.data.uniform_()
-            compact = speedup.speedup_model().eval()
-            for name, value in equal.items():
-                compact.get_parameter(name).data.fill_(value)
-    except Exception as error:  # NNI raises errors of many kinds
-        # In NNI's functions, `node` is the node on which they work.
-        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-        nodes = [frame.f_locals["node"] for frame in frames if "node" in frame.f_locals]
-        node = nodes[-1] if nodes else graph.output_node()
-        raise Conflict(node, f"NNI fails at {name_of(node)}: {one_line(error)}") from error
-    finally:
-        torch.set_default_dtype(dtype_before)
-    return compact, {node: info.output_masks for node, info in speedup.node_infos.items()}
+    # NNI's order is that of a set of strings, another one in each process.
+    return sorted(groups, key=lambda config: names.index(config["op_names"][0]))
 
 
-class LayerNorms(Interpreter):
-    """Runs a network, and takes the norm of each layer's output. What `masks` remove is zero."""
-
-    def __init__(self, network, graph, masks):
-        super().__init__(network, graph=graph)
-        self.masks = masks
-        self.norms = {}  # by node
-
-    def run_node(self, node):
-        self.node = node
-        output = super().run_node(node)
-        if node.op == "output" or layer_of(node) is not None:
-            self.norms[node] = norms_of(output)
-        return output
-
-    def call_module(self, target, args, kwargs):
-        layer = self.fetch_attr(target)
-        if not isinstance(layer, NARROWABLE):
-            return super().call_module(target, args, kwargs)
-        axis = -1 if isinstance(layer, nn.Linear) else 1
-        value = self.with_zeros(args[0], self.node.args[0], axis)
-        return self.with_zeros(layer(value, *args[1:]), self.node, axis)
-
-    def with_zeros(self, value, node, axis):
-        mask = self.masks.get(node)
-        if mask is None:
-            return value
-        is_left = mask.movedim(axis, 0).flatten(1).any(dim=1)
-        return (value.movedim(axis, -1) * is_left).movedim(-1, axis)
+# The copy, and whether it is right.
 
 
-def norms_of(output):
-    """The Euclidean norms of an output, which can be a tensor, a tuple or a dictionary."""
-    tensors = [value for value in tree_leaves(output) if isinstance(value, Tensor)]
-    norms = [value.to(torch.complex128).norm().item() for value in tensors]
-    return torch.tensor(norms, dtype=torch.float64)
+def with_layers(model, narrower):
+    """A copy of the network with NNI's layers in it. No forward pass has touched it."""
+    compact = copy_of(model)
+    for name, layer in narrower.items():
+        before = compact.get_submodule(name)
+        for key, value in (*layer.named_parameters(), *layer.named_buffers()):
+            original = getattr(before, key)
+            value.data = value.data.to(original.dtype)
+            value.requires_grad_(original.requires_grad)
+            if value.dim() == 0:
+                value.data.copy_(original)  # NNI resets BatchNorm's count of batches
+        compact.set_submodule(name, layer)
+    return compact.eval()
 
 
 @torch.no_grad()
-def checked(graph, network, pruned, masks, example_input, dtype):
-    """The pruned network, if it computes what the original computes with zeros; else Conflict."""
-    original = copy_of(network, dtype)
-    pruned = copy_of(pruned, dtype)
-    # NNI makes all layers anew. Put back those that lost nothing, so that ties stay.
-    for name, module in original.named_modules(remove_duplicate=False):
-        if name and str(module) == str(pruned.get_submodule(name)):  # the text has all sizes
-            pruned.set_submodule(name, module)
+def compare(model, compact, channels, example_input, dtype, opaque):
+    """Run both networks node by node. Raises Conflict with all nodes where they differ."""
+    known = len(opaque)
+    runs = []
+    for network in (model, compact):
+        run = Interpreter(trace(network, example_input, dtype, opaque))
+        run.args_iter = iter(random_inputs(example_input, dtype))
+        runs.append(run)
+    if len(opaque) > known:
+        raise Conflict([])  # start again: torch.fx cannot trace some block of the copy
+    original, copied = runs
+    conflicts = []
 
-    expected = LayerNorms(original, graph, masks)
-    expected.run(*random_inputs(example_input, dtype))
-    found = LayerNorms(pruned, graph, {})
-    try:
-        found.run(*random_inputs(example_input, dtype))
-        # Once more as the user runs it. This replaces the norm of the last node, the output.
-        found.norms[found.node] = norms_of(pruned(*random_inputs(example_input, dtype)))
-    except Exception as error:  # the network's own code can raise anything
-        reason = f"with fewer channels, {name_of(found.node)} fails: {one_line(error)}"
-        raise Conflict(found.node, reason) from error
-    # A norm does not show a wrong order of channels. The norm after the next layer does.
+    def check(node, wanted, compute, *arguments):
+        try:
+            found = compute(*arguments)
+            problem = "" if are_alike(found, wanted, dtype) else "computes other values"
+        except Exception as error:  # the network's own code can raise anything
+            found = None
+            problem = f"fails: {why(error)}"
+        if problem:
+            conflicts.append((node, f"with fewer channels, {name_of(node)} {problem}"))
+        return problem, found
+
+    for node, other in zip(original.module.graph.nodes, copied.module.graph.nodes):
+        if node.name != other.name:
+            conflicts.append((node, f"with fewer channels, `forward` has no {node.name}"))
+            raise Conflict(conflicts)
+        value, wanted = with_zeros(original, node, channels.get(node.name))
+        is_compared = node.op == "output" or layer_of(node) is not None
+        # A value is missing where a function has failed, until the next layer.
+        if all(source in copied.env for source in other.all_input_nodes):
+            problem, found = check(node, wanted if is_compared else None, copied.run_node, other)
+            if not problem:
+                copied.env[other] = found
+        if is_compared and other not in copied.env:
+            copied.env[other] = copy.deepcopy(wanted)  # so that one attempt finds all conflicts
+        original.env[node] = value
+        for run, done in ((original, node), (copied, other)):
+            for used in run.user_to_last_uses.get(done, ()):
+                run.env.pop(used, None)
+    if not conflicts:  # once more as the user runs it
+        check(node, wanted, copy_of(compact, dtype), *random_inputs(example_input, dtype))
+    if conflicts:
+        raise Conflict(conflicts)
+
+
+def with_zeros(run, node, left):
+    """A node's value with zeros for the channels that are lost, and without these channels."""
+    if left is None:
+        value = run.run_node(node)
+        return value, value
+    layer = run.fetch_attr(node.target)
+    axis = axis_of(layer)
+    (first, *others), _ = run.fetch_args_kwargs_from_env(node)
+    output = layer(first.movedim(axis, -1).where(left[0], 0).movedim(-1, axis), *others)
+    output = output.movedim(axis, -1).where(left[1], 0)
+    return output.movedim(-1, axis), output[..., left[1]].movedim(-1, axis)
+
+
+def are_alike(found, wanted, dtype):
+    """Whether two outputs, tensors or tuples or dictionaries of them, have equal values."""
+    if wanted is None:
+        return True
+    found = tree_leaves(found)
+    wanted = tree_leaves(wanted)
     tolerance = 1e-9 if dtype == torch.float64 else 1e-4
-    for node, norms in found.norms.items():
-        if not torch.allclose(norms, expected.norms[node], tolerance, 1e-12):
-            raise Conflict(node, f"with fewer channels, {name_of(node)} computes other values")
-    return pruned
+    for one, other in zip(found, wanted):
+        if isinstance(other, Tensor):
+            if one.shape != other.shape:
+                return False
+            if not other.is_floating_point():
+                one, other = one.to(torch.complex128), other.to(torch.complex128)
+            # Of numbers that cancel out, only rounding is left.
+            scale = other.nan_to_num(0, 0, 0).norm() / max(1, other.numel()) ** 0.5
+            if not torch.allclose(one, other, tolerance, tolerance * scale.item(), equal_nan=True):
+                return False
+    return len(found) == len(wanted)
 
 
 # --------------------------------------------------------------------------- command line
