@@ -778,7 +778,7 @@ def prune(
     The copy computes what `model` computes with zeros for the removed channels. `prune` compares
     the two at the output of every layer, in float64 and on random numbers. Where they differ, or
     where NNI fails, the layers before that place keep their channels, and `prune` starts again. If
-    that does not help, the block in which the place lies stays as it is. A warning of the logger
+    that does not help, the block around the place stays as it is. A warning of the logger
     "NNI_Pruning" tells why. The layers of the output always keep their channels.
 
     The copy is on the CPU and in eval mode. Its parameters are new tensors, so make the optimizer
@@ -789,18 +789,16 @@ def prune(
             Conv2d and Linear layers are pruned; summed ones lose the same channels.
         pruner: a name from PRUNERS.
         sparsity: the share of each layer's channels to remove; between 0 and 1, both excluded.
-        example_input: a tensor, a batch of at least two examples; or a tuple of tensors for several
-            inputs. Time and memory grow with the batch and with the area of images: take the
-            smallest that fit.
+        example_input: a tensor, a batch of two examples; or a tuple of tensors for several inputs.
+            Time and memory grow with the batch and the area of images: take the smallest that fit.
         keep: names of more Conv2d or Linear layers, or blocks of them, that keep their channels.
 
     Raises ExperimentError if an argument is wrong, or if the network cannot be pruned.
     """
     if pruner not in PRUNERS or not 0 < sparsity < 1:
         raise ExperimentError(f"pruner must be in {PRUNERS}, and sparsity between 0 and 1")
-    kept = set()  # names of layers
-    opaque = set()  # names of blocks that are one node of the graph, and stay as they are
-    keep_named(kept, model, [keep] if isinstance(keep, str) else keep or ())
+    kept = layers_in(model, [keep] if isinstance(keep, str) else keep or ())
+    opaque = set()  # names of blocks that stay as they are; each is one node of the graph
     # NNI needs gradients, and draws random numbers. What the caller has set stays as it is.
     with (
         torch.inference_mode(False),
@@ -808,47 +806,34 @@ def prune(
         torch.random.fork_rng(devices=[]),
     ):
         torch.default_generator.manual_seed(0)
-        precision = comparable(model, example_input)
+        dtype = dtype_to_compare_in(model, example_input)
         while True:
             try:
-                narrower, channels = run_nni(model, example_input, pruner, sparsity, kept, opaque)
+                narrower, channels = run_nni(model, pruner, sparsity, example_input, kept, opaque)
                 compact = with_layers(model, narrower)
-                compare(model, compact, channels, example_input, precision, opaque)
+                compare(model, compact, channels, example_input, dtype, opaque)
                 break
             except Conflict as conflict:
                 keep_more(conflict, kept, opaque)
             gc.collect()  # what a failed attempt leaves is in reference cycles
     if count_parameters(compact) == count_parameters(model):
         raise ExperimentError("no channel was removed: sparsity is too low, or keep too long")
-    whole = set()
+    wide = set()
     for name, layer in model.named_modules():
         if type(layer) in PRUNABLE and len(layer.weight) == len(compact.get_submodule(name).weight):
-            whole.add(name)
-    keep_channels(kept, whole, "NNI removes none there")
+            wide.add(name)
+    keep_channels(kept, wide, "NNI removes none there")
     return compact
 
 
-# Copies and graphs.
-
-
-@contextlib.contextmanager
-def default_dtype(dtype):
-    """The dtype of tensors that a network, or NNI, creates."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+# Copies and graphs
 
 
 def copy_of(model, dtype=None):
-    """A copy on the CPU, in eval mode. Its floating-point numbers are of a dtype, if one is given.
-
-    Deepcopy refuses tensors that a forward pass has computed and the network has stored.
-    """
-    values = tree_leaves([vars(module) for module in model.modules()])
-    computed = [value for value in values if isinstance(value, Tensor) and not value.is_leaf]
+    """A copy on the CPU, in eval mode, with floating-point numbers of this dtype."""
+    stored = tree_leaves([vars(module) for module in model.modules()])
+    # Deepcopy refuses what a forward pass has computed, and the network has stored.
+    computed = [value for value in stored if isinstance(value, Tensor) and not value.is_leaf]
     copied = copy.deepcopy(model, {id(value): value.detach().clone() for value in computed}).cpu()
     if dtype is not None:
         # Unlike copied.to(dtype), these leave complex numbers complex.
@@ -865,14 +850,38 @@ def random_inputs(example_input, dtype):
             numbers = torch.rand(value.shape, generator=generator, dtype=dtype)
         else:
             numbers = value.cpu().clone()
-        if value.dtype == torch.uint8:  # an image; NNI cannot draw a 255
+        if value.dtype == torch.uint8:  # an image; NNI fails if there is a 255
             numbers.random_(min(255, int(value.max()) + 1), generator=generator)
         inputs.append(numbers)
     return inputs
 
 
+@contextlib.contextmanager
+def default_dtype(dtype):
+    """The dtype of tensors that a network, or NNI, creates."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def dtype_to_compare_in(model, example_input):
+    for dtype in (torch.float64, torch.float32):  # some networks ask for float32 in their own code
+        try:
+            with torch.no_grad(), default_dtype(dtype):
+                copy_of(model, dtype)(*random_inputs(example_input, dtype))
+            return dtype
+        except Exception as error:  # the network's own code can raise anything
+            failure = error
+    raise ExperimentError(
+        f"example_input is no tensor or tuple that fits the network: {why(failure)}"
+    ) from failure
+
+
 class BlockTracer(Tracer):
-    """Makes the blocks in `opaque` single nodes, and adds each to them that it cannot trace."""
+    """Makes the blocks in `opaque` single nodes, and adds those to them that it cannot trace."""
 
     def __init__(self, opaque):
         super().__init__()
@@ -901,46 +910,57 @@ class BlockTracer(Tracer):
 
 @torch.no_grad()
 def trace(model, example_input, dtype, opaque):
-    """A copy of the network as a torch.fx graph, with all constants in this dtype."""
-    while True:
+    """A copy of the network as a graph of torch.fx, whose constants have this dtype."""
+    inputs = random_inputs(example_input, dtype)
+    graph = None
+    while graph is None:
         known = len(opaque)
+        # Always a new one, because what `forward` writes to it is a Proxy of torch.fx.
+        network = copy_of(model, dtype)
         try:
-            # Always a new copy: what `forward` writes to it is a Proxy of torch.fx.
-            network = copy_of(model, dtype)
-            graph = BlockTracer(opaque).trace(network, random_inputs(example_input, dtype))
-            break
+            graph = BlockTracer(opaque).trace(network, inputs)
         except Exception as error:  # the network's own code can raise anything
             if len(opaque) == known:
                 raise ExperimentError(f"torch.fx cannot trace the network: {why(error)}") from error
     for node in graph.nodes:
         if node.target in (torch.cat, torch.concat, torch.stack) and len(node.args) == 1:
-            # NNI wants to read the dimension.
+            # NNI reads the dimension there, but does not know its default value, nor `axis`.
             dimension = node.kwargs.get("dim", node.kwargs.get("axis", 0))
             node.args, node.kwargs = (*node.args, dimension), {}
     return GraphModule(network, graph)
 
 
-def comparable(model, example_input):
-    """The dtype to compare in: float32 for networks that ask for it in their own code."""
-    for dtype in (torch.float64, torch.float32):
-        try:
-            with torch.no_grad(), default_dtype(dtype):
-                copy_of(model, dtype)(*random_inputs(example_input, dtype))
-            return dtype
-        except Exception as error:  # the network's own code can raise anything
-            failure = error
-    raise ExperimentError(
-        f"example_input is no tensor or tuple that fits the network: {why(failure)}"
-    ) from failure
+def layer_of(node):
+    """The module that a node calls, if it has parameters or buffers."""
+    if node.op == "call_module":
+        module = node.graph.owning_module.get_submodule(node.target)
+        if module.state_dict():
+            return module
+    return None
+
+
+def name_of(node):
+    return f"layer {node.target}" if node.op == "call_module" else f"`{node.name}` in forward"
 
 
 def why(error):
-    """One line about an error; about an assertion without words, its code."""
+    """One line about an error. An assertion often has no words, only code."""
     code = traceback.extract_tb(error.__traceback__)[-1].line
     return one_line(error) if str(error) else f"{type(error).__name__} at `{code}`"
 
 
-# Which layers keep their channels.
+# What keeps its channels
+
+
+def layers_in(model, blocks):
+    """The names of these blocks, and of all that is in them."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names = set()
+    for block in blocks:
+        if block not in modules:
+            raise ExperimentError(f"keep names {block}, but the network has no such layer")
+        names.update(name for name in modules if f"{name}.".startswith(f"{block}."))
+    return names
 
 
 def keep_channels(kept, names, reason):
@@ -950,16 +970,8 @@ def keep_channels(kept, names, reason):
     kept.update(names)
 
 
-def keep_named(kept, model, blocks):
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for block in blocks:
-        if block not in modules:
-            raise ExperimentError(f"keep names {block}, but the network has no such layer")
-        kept.update(name for name in modules if f"{name}.".startswith(f"{block}."))
-
-
 def keep_by_rule(kept, network, model):
-    """Keep what can be known before any attempt. Each rule saves attempts."""
+    """Keep what is known to fail. Each rule saves attempts."""
     kept.update(layers_before(network.graph.output_node()))
     uses = Counter(value for _, value in model.named_parameters(remove_duplicate=False))
     constants = set()  # nodes that depend on no input
@@ -980,28 +992,19 @@ def keep_by_rule(kept, network, model):
 
 
 def keep_more(conflict, kept, opaque):
-    """The next step for each node: the layers before it, the layer itself, the blocks around it."""
-    before = set(kept)  # one attempt is one step, also for nodes with the same layers before them
+    """For each node: keep the layers before it, or its own, or else the smallest block around."""
+    before = set(kept)
     for node, reason in conflict.args[0]:
         more = layers_before(node) - before
         if not more and type(layer_of(node)) in PRUNABLE:
             more = {node.target} - before
         if not more:
             blocks = [name for name, _ in node.meta.get("nn_module_stack", {}).values()]
-            blocks = [name for name in blocks if name not in (node.target, "")]
+            blocks = [name for name in blocks if name != node.target]
             if not blocks:
                 raise ExperimentError(f"the network cannot be pruned: {reason}") from conflict
             opaque.add(blocks[-1])
         keep_channels(kept, more, reason)
-
-
-def layer_of(node):
-    """The module that a node calls, if it has parameters or buffers."""
-    if node.op == "call_module":
-        module = node.graph.owning_module.get_submodule(node.target)
-        if module.state_dict():
-            return module
-    return None
 
 
 def layers_before(node):
@@ -1022,35 +1025,15 @@ def layers_before(node):
     return names
 
 
-def name_of(node):
-    return f"layer {node.target}" if node.op == "call_module" else f"`{node.name}` in forward"
-
-
-# NNI.
+# NNI
 
 
 class Workarounds:
-    """Methods that replace, or prepare, those of NNI's ModelSpeedup."""
+    """Methods that replace those of NNI's ModelSpeedup, or go before them."""
 
     def tensor_propagate_check(self, value):
         """NNI's refuses a single logit."""
         return value.numel() % self.batch_size == 0
-
-    def initialize_propagate(self, inputs):
-        """NNI takes a parameter of equal numbers, such as the zeros of a new layer, for unused.
-
-        It restores the parameters afterwards.
-        """
-        super().initialize_propagate(inputs)
-        for parameter in self.graph_module.parameters():
-            parameter.grad = torch.zeros_like(parameter)  # also where no gradient arrives
-            if parameter.min() == parameter.max():
-                parameter.data.uniform_()
-
-    @torch.no_grad()
-    def propagate_originally(self):
-        """Values that remember how they were computed take memory, and some code refuses them."""
-        super().propagate_originally()
 
     def indirect_backward(self, value, mask):
         """NNI's fails on several outputs of one layer."""
@@ -1058,45 +1041,65 @@ class Workarounds:
             value.backward(mask.expand_as(value), retain_graph=True)
 
     @torch.no_grad()
-    def replace_compressed_modules(self):
-        """NNI cannot make all layers anew. Replace those that lose a channel.
+    def propagate_originally(self):
+        """Values that remember how they came about take memory, and some code refuses them."""
+        super().propagate_originally()
 
-        `narrower` has the new layers by name; `channels` by node, which of their input's and their
-        output's channels are left.
+    def initialize_propagate(self, inputs):
+        """NNI takes a parameter of equal numbers, such as the zeros of a new layer, for unused."""
+        super().initialize_propagate(inputs)
+        for parameter in self.graph_module.parameters():
+            parameter.grad = torch.zeros_like(parameter)  # also where no gradient arrives
+            if parameter.min() == parameter.max():
+                parameter.data.uniform_()  # NNI restores all parameters afterwards
+
+    @torch.no_grad()
+    def replace_compressed_modules(self):
+        """NNI's fails on layers that lose nothing, but which it cannot make anew.
+
+        `narrower` has the new layers by name; `channels`, by node, which channels of its input and
+        of its output are left.
         """
         make = import_nni().compression.speedup.replacement.replace_module
         self.narrower = {}
         self.channels = {}
         for node, info in self.node_infos.items():
             layer = layer_of(node)
+            mask = info.output_masks
             if type(layer) in NARROWABLE:
-                masks = self.node_infos[node.args[0]].output_masks, info.output_masks
-                left = [
-                    mask.movedim(axis_of(layer), 0).flatten(1).any(dim=1) for mask in masks
-                ]
+                input_mask = self.node_infos[node.args[0]].output_masks
+                left = [channels_left(one, axis_of(layer)) for one in (input_mask, mask)]
                 if not all(map(torch.all, left)):
-                    kind = type(layer).__name__
-                    arguments = ([masks[0]], masks[1], info.param_masks)
-                    self.narrower[node.target] = make[kind](layer, arguments)
+                    masks = ([input_mask], mask, info.param_masks)
+                    self.narrower[node.target] = make[type(layer).__name__](layer, masks)
                     self.channels[node.name] = left
+            elif isinstance(mask, Tensor) and mask.dim() > 1:
+                self.channels[node.name] = None, channels_left(mask, 1)
 
 
 def axis_of(layer):
     return -1 if isinstance(layer, nn.Linear) else 1
 
 
-def run_nni(model, example_input, pruner, sparsity, kept, opaque):
-    """Prune a copy of the network with NNI. Returns Workarounds' `narrower` and `channels`."""
+def channels_left(mask, axis):
+    return mask.movedim(axis, 0).flatten(1).any(dim=1)
+
+
+def run_nni(model, pruner, sparsity, example_input, kept, opaque):
+    """Prune a copy of the network with NNI. Returns `narrower` and `channels` of Workarounds."""
     nni = import_nni()
     tools = nni.compression.speedup
-    tools.model_speedup.sparsity_stats = lambda masks: ""  # words of log lines, a third of the time
-    speedup_class = type("Speedup", (Workarounds, tools.ModelSpeedup), {})
-    # NNI's other ways to propagate masks through functions fail, on a relu of a parameter for one.
+    # Words for log lines, in a third of NNI's time.
+    tools.model_speedup.sparsity_stats = lambda masks: ""
+
+    class Speedup(Workarounds, tools.ModelSpeedup):
+        pass
+
+    # NNI's other ways to propagate masks fail on some functions, such as a relu of a parameter.
     updater = tools.mask_updater.DefaultMaskUpdater()
     updater.detect = lambda _, node: node.op != "call_module"
     is_double = any(value.dtype == torch.float64 for value in model.parameters())
     dtype = torch.float64 if is_double else torch.float32
-    inputs = random_inputs(example_input, dtype)
     with default_dtype(dtype), contextlib.redirect_stdout(io.StringIO()):  # NNI prints
         network = trace(model, example_input, dtype, opaque)
         keep_by_rule(kept, network, model)
@@ -1104,55 +1107,49 @@ def run_nni(model, example_input, pruner, sparsity, kept, opaque):
         names = [name for name in dict.fromkeys(names) if name not in kept]
         if not names:
             raise ExperimentError("nothing can be pruned: no layer may lose channels")
+        inputs = random_inputs(example_input, dtype)
+        options = {"batch_size": max(2, len(inputs[0])), "customized_mask_updaters": [updater]}
+        options["logger"] = logging.getLogger("nni")
         try:
+            # ModelSpeedup's own tracer fails on torch >= 2.2 ('NoneType' object has no attribute
+            # 'startswith', NNI issue 5768). It accepts a graph from torch.fx instead.
             with torch.no_grad():
-                # ModelSpeedup's own tracer fails on torch >= 2.2 ('NoneType' object has no
-                # attribute 'startswith', NNI issue 5768). It accepts a graph from torch.fx instead.
-                speedup = speedup_class(
-                    network,
-                    tuple(inputs),
-                    {},
-                    batch_size=max(2, len(inputs[0])),
-                    customized_mask_updaters=[updater],
-                    graph_module=network,
-                    logger=logging.getLogger("nni"),
-                )
+                speedup = Speedup(network, tuple(inputs), {}, graph_module=network, **options)
             # 1. Choose the channels to remove.
-            configs = configs_of(network, names, sparsity)
+            configs = configs_of(names, network, sparsity)
             nni_pruner = getattr(nni.compression.pruning, pruner)(network, configs)
             _, speedup.masks = nni_pruner.compress()
             nni_pruner.unwrap_model()
-            # 2. Make smaller layers.
+            # 2. Make the smaller layers.
             speedup.speedup_model()
         except Exception as error:  # NNI raises errors of many kinds
             # In NNI's functions, `node` is the node on which they work.
-            frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-            nodes = [frame.f_locals["node"] for frame in frames if "node" in frame.f_locals]
+            frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
+            nodes = [values["node"] for values in frames if "node" in values]
             node = nodes[-1] if nodes else network.graph.output_node()
-            reason = f"NNI fails at {name_of(node)}: {why(error)}"
-            raise Conflict([(node, reason)]) from error
+            raise Conflict([(node, f"NNI fails at {name_of(node)}: {why(error)}")]) from error
     return speedup.narrower, speedup.channels
 
 
-def configs_of(network, names, sparsity):
-    """NNI's configuration of each of these layers."""
+def configs_of(names, network, sparsity):
+    """NNI's configurations, one for each layer."""
     config = {"op_names": names, "sparse_ratio": sparsity}
     # Groups ("denpendency" is NNI's spelling) make summed layers lose the same channels.
-    groups = import_nni().compression.speedup.auto_set_denpendency_group_ids(network, [config])
-    for config in groups:
+    configs = import_nni().compression.speedup.auto_set_denpendency_group_ids(network, [config])
+    for config in configs:
         if "dependency_group_id" in config:
             # NNI cannot add the scores of layers that differ in kind or in number of channels.
             weight = network.get_submodule(config["op_names"][0]).weight
             config["dependency_group_id"] += f" {weight.dim()} {len(weight)}"
-    # NNI's order is that of a set of strings, another one in each process.
-    return sorted(groups, key=lambda config: names.index(config["op_names"][0]))
+    # NNI's own order is that of a set of strings, another one in each process.
+    return sorted(configs, key=lambda config: names.index(config["op_names"][0]))
 
 
-# The copy, and whether it is right.
+# The copy, and whether it is right
 
 
 def with_layers(model, narrower):
-    """A copy of the network with NNI's layers in it. No forward pass has touched it."""
+    """A copy of the network with NNI's layers. Its forward pass has never run."""
     compact = copy_of(model)
     for name, layer in narrower.items():
         before = compact.get_submodule(name)
@@ -1168,83 +1165,73 @@ def with_layers(model, narrower):
 
 @torch.no_grad()
 def compare(model, compact, channels, example_input, dtype, opaque):
-    """Run both networks node by node. Raises Conflict with all nodes where they differ."""
-    known = len(opaque)
-    runs = []
-    for network in (model, compact):
-        run = Interpreter(trace(network, example_input, dtype, opaque))
-        run.args_iter = iter(random_inputs(example_input, dtype))
-        runs.append(run)
-    if len(opaque) > known:
-        raise Conflict([])  # start again: torch.fx cannot trace some block of the copy
-    original, copied = runs
+    """Run both networks, node by node. Raises Conflict with all nodes where they differ."""
     conflicts = []
 
-    def check(node, wanted, compute, *arguments):
+    def compute(node, wanted, function, *arguments):
         try:
-            found = compute(*arguments)
-            problem = "" if are_alike(found, wanted, dtype) else "computes other values"
+            found = function(*arguments)
+            if (node.op != "output" and layer_of(node) is None) or are_alike(found, wanted, dtype):
+                return found
+            problem = "computes other values"
         except Exception as error:  # the network's own code can raise anything
-            found = None
             problem = f"fails: {why(error)}"
-        if problem:
-            conflicts.append((node, f"with fewer channels, {name_of(node)} {problem}"))
-        return problem, found
+        conflicts.append((node, f"with fewer channels, {name_of(node)} {problem}"))
+        return copy.deepcopy(wanted)  # go on with it, and find all conflicts
 
-    for node, other in zip(original.module.graph.nodes, copied.module.graph.nodes):
-        if node.name != other.name:
-            conflicts.append((node, f"with fewer channels, `forward` has no {node.name}"))
-            raise Conflict(conflicts)
-        value, wanted = with_zeros(original, node, channels.get(node.name))
-        is_compared = node.op == "output" or layer_of(node) is not None
-        # A value is missing where a function has failed, until the next layer.
-        if all(source in copied.env for source in other.all_input_nodes):
-            problem, found = check(node, wanted if is_compared else None, copied.run_node, other)
-            if not problem:
-                copied.env[other] = found
-        if is_compared and other not in copied.env:
-            copied.env[other] = copy.deepcopy(wanted)  # so that one attempt finds all conflicts
-        original.env[node] = value
-        for run, done in ((original, node), (copied, other)):
-            for used in run.user_to_last_uses.get(done, ()):
-                run.env.pop(used, None)
-    if not conflicts:  # once more as the user runs it
-        check(node, wanted, copy_of(compact, dtype), *random_inputs(example_input, dtype))
+    with default_dtype(dtype):
+        runs = []
+        for network in (compact, model):
+            run = Interpreter(trace(network, example_input, dtype, opaque))
+            run.args_iter = iter(random_inputs(example_input, dtype))
+            runs.append(run)
+        copied, original = runs
+        for node, other in zip(original.graph.nodes, copied.graph.nodes):
+            if node.name != other.name:
+                reason = f"with fewer channels, `forward` goes another way before {name_of(node)}"
+                raise Conflict([(node, reason)])
+            left = channels.get(node.name, (None, None))
+            original.env[node], wanted = with_zeros(original, node, *left)
+            copied.env[other] = compute(node, wanted, copied.run_node, other)
+        if not conflicts:  # once more as the user runs it
+            inputs = random_inputs(example_input, dtype)
+            compute(node, wanted, copy_of(compact, dtype), *inputs)
     if conflicts:
         raise Conflict(conflicts)
 
 
-def with_zeros(run, node, left):
-    """A node's value with zeros for the channels that are lost, and without these channels."""
-    if left is None:
+def with_zeros(run, node, inputs_left, outputs_left):
+    """A node's value with zeros for the lost channels, and without these channels."""
+    axis = axis_of(layer_of(node))
+    if inputs_left is None:
         value = run.run_node(node)
+    else:
+        (first, *others), _ = run.fetch_args_kwargs_from_env(node)
+        value = run.fetch_attr(node.target)(zeroed(first, inputs_left, axis), *others)
+        value = zeroed(value, outputs_left, axis)
+    if outputs_left is None or len(outputs_left) != value.shape[axis]:
         return value, value
-    layer = run.fetch_attr(node.target)
-    axis = axis_of(layer)
-    (first, *others), _ = run.fetch_args_kwargs_from_env(node)
-    output = layer(first.movedim(axis, -1).where(left[0], 0).movedim(-1, axis), *others)
-    output = output.movedim(axis, -1).where(left[1], 0)
-    return output.movedim(-1, axis), output[..., left[1]].movedim(-1, axis)
+    return value, value.movedim(axis, 0)[outputs_left].movedim(0, axis)
+
+
+def zeroed(value, is_left, axis):
+    return value.movedim(axis, -1).where(is_left, 0).movedim(-1, axis)
 
 
 def are_alike(found, wanted, dtype):
-    """Whether two outputs, tensors or tuples or dictionaries of them, have equal values."""
-    if wanted is None:
-        return True
-    found = tree_leaves(found)
-    wanted = tree_leaves(wanted)
+    """Whether two values, tensors or tuples or dictionaries of them, are equal but for rounding."""
     tolerance = 1e-9 if dtype == torch.float64 else 1e-4
-    for one, other in zip(found, wanted):
-        if isinstance(other, Tensor):
-            if one.shape != other.shape:
-                return False
-            if not other.is_floating_point():
-                one, other = one.to(torch.complex128), other.to(torch.complex128)
-            # Of numbers that cancel out, only rounding is left.
-            scale = other.nan_to_num(0, 0, 0).norm() / max(1, other.numel()) ** 0.5
-            if not torch.allclose(one, other, tolerance, tolerance * scale.item(), equal_nan=True):
-                return False
-    return len(found) == len(wanted)
+    tensors = []
+    for value in (found, wanted):
+        leaves = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+        tensors.append([leaf.to(torch.complex128) for leaf in leaves])
+    if [one.shape for one in tensors[0]] != [other.shape for other in tensors[1]]:
+        return False
+    for one, other in zip(*tensors):
+        size = other.abs().nanmean().nan_to_num().item()
+        if not torch.allclose(one, other, tolerance, tolerance * size, equal_nan=True):
+            return False
+    return True
 
 
 # --------------------------------------------------------------------------- command line
