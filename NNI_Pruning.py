@@ -797,9 +797,22 @@ def prune(
     """
     if pruner not in PRUNERS or not 0 < sparsity < 1:
         raise ExperimentError(f"pruner must be in {PRUNERS}, and sparsity between 0 and 1")
-    kept = layers_in(model, [keep] if isinstance(keep, str) else keep or ())
+    kept = set()  # names of layers
     opaque = set()  # names of blocks that stay as they are; each is one node of the graph
-    with own_settings():
+    for name in [keep] if isinstance(keep, str) else keep or ():
+        try:
+            kept.update(dict(model.get_submodule(name).named_modules(prefix=name)))
+        except AttributeError as error:
+            raise ExperimentError(f"keep: the network has no {name}: {one_line(error)}") from error
+    # NNI needs gradients, and draws random numbers. What the caller has set stays as it is.
+    with (
+        torch.inference_mode(False),
+        torch.autocast("cpu", enabled=False),
+        torch.random.fork_rng(devices=[]),
+        contextlib.ExitStack() as at_the_end,
+    ):
+        torch.default_generator.manual_seed(0)
+        at_the_end.callback(torch.set_default_dtype, torch.get_default_dtype())
         dtype = dtype_to_compare_in(model, example_input)
         while True:
             try:
@@ -811,42 +824,26 @@ def prune(
             except Conflict as conflict:
                 keep_more(conflict, kept, opaque)
             gc.collect()  # what a failed attempt leaves is in reference cycles
-    if count_parameters(compact) == count_parameters(model):
+    if not narrower:
         raise ExperimentError("no channel was removed: sparsity is too low, or keep too long")
-    wide = set()
-    for name, layer in model.named_modules():
-        if type(layer) in PRUNABLE and len(layer.weight) == len(compact.get_submodule(name).weight):
-            wide.add(name)
+    after = dict(compact.named_modules())
+    wide = {
+        name
+        for name, layer in model.named_modules()
+        if type(layer) in PRUNABLE and len(layer.weight) == len(after[name].weight)
+    }
     keep_channels(kept, wide, "NNI removes none there")
     return compact
-
-
-# Copies and graphs. Copies compute in torch's default dtype, which prune sets meanwhile: what
-# `forward` or NNI creates is then of the same one.
-
-
-@contextlib.contextmanager
-def own_settings():
-    """What the caller has set stays as it is. NNI needs gradients, and draws random numbers."""
-    dtype = torch.get_default_dtype()
-    with (
-        torch.inference_mode(False),
-        torch.autocast("cpu", enabled=False),
-        torch.random.fork_rng(devices=[]),
-    ):
-        torch.default_generator.manual_seed(0)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(dtype)
 
 
 def copy_of(model):
     """A copy on the CPU, in eval mode."""
     # Deepcopy refuses tensors that a forward pass has computed, and the network has stored.
-    stored = tree_leaves([vars(module) for module in model.modules()])
-    computed = [value for value in stored if isinstance(value, Tensor) and not value.is_leaf]
-    memo = {id(value): value.detach().clone() for value in computed}
+    memo = {
+        id(value): value.detach().clone()
+        for value in tree_leaves([vars(module) for module in model.modules()])
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
     return copy.deepcopy(model, memo).cpu().eval()
 
 
@@ -880,7 +877,7 @@ def dtype_to_compare_in(model, example_input):
         except Exception as error:  # the network's own code can raise anything
             failure = error
     raise ExperimentError(
-        f"example_input is no tensor or tuple that fits the network: {why(failure)}"
+        f"example_input is no tensor or tuple that fits the network: {one_line(failure)}"
     ) from failure
 
 
@@ -889,9 +886,8 @@ class BlockTracer(Tracer):
 
     def create_args_for_root(self, root_fn, is_module, inputs):
         # Arguments of forward that the user does not pass have their default values.
-        numbers = range(len(inputs))
-        proxies = [self.create_proxy("placeholder", f"input_{n}", (), {}) for n in numbers]
-        return root_fn, [self.root, *proxies]
+        names = [f"input_{number}" for number, _ in enumerate(inputs)]
+        return root_fn, [self.root, *(self.create_proxy("placeholder", n, (), {}) for n in names)]
 
     def is_leaf_module(self, module, name):
         return name in self.opaque or super().is_leaf_module(module, name)
@@ -908,23 +904,23 @@ def trace(model, example_input, opaque):
             network = GraphModule(network, tracer.trace(network, random_inputs(example_input)))
             break
         except Exception as error:  # the network's own code can raise anything
-            if not add_block(opaque, tracer.module_stack):  # where the error was
-                raise ExperimentError(f"torch.fx cannot trace the network: {why(error)}") from error
+            # torch leaves the blocks there in which the error was.
+            problem = f"torch.fx cannot trace the network: {one_line(error)}"
+            add_block(opaque, tracer.module_stack, problem, error)
     for node in network.graph.nodes:  # NNI reads some arguments by their positions
-        is_joined = node.target in (torch.cat, torch.concat, torch.stack)
-        if is_joined or type(layer_of(node)) in NARROWABLE:
-            node.args = (*node.args, *node.kwargs.values())
+        default = [0] if node.target in (torch.cat, torch.concat, torch.stack) else []
+        if default or type(layer_of(node)) in NARROWABLE:
+            node.args = (*node.args, *node.kwargs.values(), *default)[:2]
             node.kwargs = {}
-        if is_joined and len(node.args) == 1:
-            node.args = (*node.args, 0)
     return network
 
 
-def add_block(opaque, module_stack):
-    """Make the innermost block opaque that is not yet. False if there is none."""
+def add_block(opaque, module_stack, problem, error):
+    """Make the smallest of these blocks opaque that is not yet."""
     names = [name for name, _ in module_stack.values() if name not in opaque]
-    opaque.update(names[-1:])
-    return bool(names)
+    if not names:
+        raise ExperimentError(problem) from error
+    opaque.add(names[-1])
 
 
 def layer_of(node):
@@ -940,26 +936,6 @@ def name_of(node):
     return f"layer {node.target}" if node.op == "call_module" else f"`{node.name}` in forward"
 
 
-def why(error):
-    """One line about an error. An assertion often has no words, only code."""
-    code = traceback.extract_tb(error.__traceback__)[-1].line
-    return one_line(error) if str(error) else f"{type(error).__name__} at `{code}`"
-
-
-# What keeps its channels
-
-
-def layers_in(model, blocks):
-    """The names of these layers, and of all that is in these blocks."""
-    names = set()
-    for block in blocks:
-        try:
-            names.update(dict(model.get_submodule(block).named_modules(prefix=block)))
-        except AttributeError as error:
-            raise ExperimentError(f"keep: the network has no {block}: {error}") from error
-    return names
-
-
 def keep_channels(kept, names, reason):
     new = ", ".join(sorted(names - kept))
     if new:
@@ -967,25 +943,27 @@ def keep_channels(kept, names, reason):
     kept.update(names)
 
 
-def keep_by_rule(kept, network, model):
-    """Keep what is known to fail. Each rule saves attempts."""
-    kept.update(layers_before(network.graph.output_node()))
+def layers_to_prune(graph, model, kept):
+    """The names of the layers that may lose channels. Adds those to `kept` that may not.
+
+    The rules save attempts, but for the one about shared parameters: they must stay shared.
+    """
+    kept.update(layers_before(graph.output_node()))
     uses = Counter(value for _, value in model.named_parameters(remove_duplicate=False))
-    constants = set()  # nodes that depend on no input
-    for node in network.graph.nodes:
+    names = []
+    for node in graph.nodes:
         layer = layer_of(node)
-        sources = set(node.all_input_nodes)
-        if node.op == "get_attr" or (sources and sources <= constants):
-            constants.add(node)
-        elif layer is None:
-            if sources & constants:
-                keep_channels(kept, layers_before(node), f"{name_of(node)} reads a parameter")
-        elif any(uses[value] > 1 for value in model.get_submodule(node.target).parameters()):
-            reason = f"{node.target} shares a parameter with another layer"
-            keep_channels(kept, {node.target, *layers_before(node)}, reason)
-        elif type(layer) not in NARROWABLE:
-            kind = type(layer).__name__
-            keep_channels(kept, layers_before(node), f"NNI does not prune {kind} {node.target}")
+        if type(layer) in PRUNABLE:
+            names.append(node.target)
+        if layer is not None:
+            parameters = model.get_submodule(node.target).parameters()
+            if type(layer) not in NARROWABLE or any(uses[value] > 1 for value in parameters):
+                reason = f"NNI does not prune {type(layer).__name__}, or what shares parameters"
+                keep_channels(kept, {node.target, *layers_before(node)}, reason)
+    names = [name for name in names if name not in kept]
+    if not names:
+        raise ExperimentError("nothing can be pruned: no layer may lose channels")
+    return names
 
 
 def keep_more(conflict, kept, opaque):
@@ -995,30 +973,22 @@ def keep_more(conflict, kept, opaque):
         more = layers_before(node) - before
         if not more and type(layer_of(node)) in PRUNABLE:
             more = {node.target} - before
-        if not more and not add_block(opaque, node.meta.get("nn_module_stack", {})):
-            raise ExperimentError(f"the network cannot be pruned: {reason}") from conflict
+        if not more:
+            problem = f"the network cannot be pruned: {reason}"
+            add_block(opaque, node.meta.get("nn_module_stack", {}), problem, conflict)
         keep_channels(kept, more, reason)
 
 
 def layers_before(node):
     """The names of the Conv2d and Linear layers whose output channels reach a node."""
-    names = set()
     seen = set()
     waiting = [node]
-    if node.op == "call_module":  # all calls of the layer
-        waiting = node.graph.find_nodes(op=node.op, target=node.target)
     while waiting:
         for source in set(waiting.pop().all_input_nodes) - seen:
             seen.add(source)
-            layer = layer_of(source)
-            if type(layer) in PRUNABLE:
-                names.add(source.target)
-            elif layer is None or isinstance(layer, CHANNELWISE):
+            if layer_of(source) is None or isinstance(layer_of(source), CHANNELWISE):
                 waiting.append(source)
-    return names
-
-
-# NNI
+    return {source.target for source in seen if type(layer_of(source)) in PRUNABLE}
 
 
 class Workarounds:
@@ -1033,11 +1003,6 @@ class Workarounds:
         if mask is not None and value.requires_grad:
             value.backward(mask.expand_as(value), retain_graph=True)
 
-    @torch.no_grad()
-    def propagate_originally(self):
-        """Values that remember how they came about take memory, and some code refuses them."""
-        super().propagate_originally()
-
     def initialize_propagate(self, inputs):
         """NNI takes a parameter of equal numbers, such as the zeros of a new layer, for unused."""
         super().initialize_propagate(inputs)
@@ -1050,26 +1015,24 @@ class Workarounds:
     def replace_compressed_modules(self):
         """NNI's fails on layers that lose nothing, but which it cannot make anew.
 
-        `narrower` has the new layers by name; `channels`, by node, which channels of its input and
-        of its output are left.
+        `narrower` has the new layers by name; `channels`, by node: their axis, which of the layer's
+        inputs are lost, which of its outputs are lost, and which are left.
         """
-        make = import_nni().compression.speedup.replacement.replace_module
+        tools = import_nni().compression.speedup.replacement
         self.narrower = {}
         self.channels = {}
         for node, info in self.node_infos.items():
             layer = layer_of(node)
             if type(layer) in NARROWABLE:
-                masks = self.node_infos[node.args[0]].output_masks, info.output_masks
-                axis = axis_of(layer)
-                left = [mask.movedim(axis, 0).flatten(1).any(dim=1) for mask in masks]
-                if not all(map(torch.all, left)):
-                    arguments = ([masks[0]], masks[1], info.param_masks)
-                    self.narrower[node.target] = make[type(layer).__name__](layer, arguments)
-                    self.channels[node.name] = left
-
-
-def axis_of(layer):
-    return -1 if isinstance(layer, nn.Linear) else 1
+                axis = -1 if isinstance(layer, nn.Linear) else 1
+                mask = self.node_infos[node.args[0]].output_masks
+                inputs_lost, _ = tools.convert_to_coarse_mask(mask, axis)
+                lost, left = tools.convert_to_coarse_mask(info.output_masks, axis)
+                if len(inputs_lost) + len(lost) > 0:
+                    make = tools.replace_module[type(layer).__name__]
+                    masks = ([mask], info.output_masks, info.param_masks)
+                    self.narrower[node.target] = make(layer, masks)
+                    self.channels[node.name] = axis, inputs_lost, lost, left
 
 
 def run_nni(model, pruner, sparsity, example_input, kept, opaque):
@@ -1084,21 +1047,25 @@ def run_nni(model, pruner, sparsity, example_input, kept, opaque):
     is_double = any(value.dtype == torch.float64 for value in model.parameters())
     torch.set_default_dtype(torch.float64 if is_double else torch.float32)
     network = trace(model, example_input, opaque)
-    keep_by_rule(kept, network, model)
-    names = [node.target for node in network.graph.nodes if type(layer_of(node)) in PRUNABLE]
-    names = [name for name in dict.fromkeys(names) if name not in kept]
-    if not names:
-        raise ExperimentError("nothing can be pruned: no layer may lose channels")
-    inputs = tuple(random_inputs(example_input))
-    options = {"batch_size": max(2, len(inputs[0])), "customized_mask_updaters": [updater]}
-    options["logger"] = logging.getLogger("nni")
-    speedup_class = type("Speedup", (Workarounds, tools.ModelSpeedup), {})
+    names = layers_to_prune(network.graph, model, kept)
+    inputs = random_inputs(example_input)
+
+    class Speedup(Workarounds, tools.ModelSpeedup):
+        pass
+
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # NNI prints
             # ModelSpeedup's own tracer fails on torch >= 2.2 ('NoneType' object has no attribute
             # 'startswith', NNI issue 5768). It accepts a graph from torch.fx instead.
-            with torch.no_grad():
-                speedup = speedup_class(network, inputs, {}, graph_module=network, **options)
+            speedup = Speedup(
+                network,
+                inputs,
+                {},
+                batch_size=max(2, len(inputs[0])),
+                customized_mask_updaters=[updater],
+                graph_module=network,
+                logger=logging.getLogger("nni"),
+            )
             # 1. Choose the channels to remove.
             configs = configs_of(names, network, sparsity)
             nni_pruner = getattr(nni.compression.pruning, pruner)(network, configs)
@@ -1107,11 +1074,12 @@ def run_nni(model, pruner, sparsity, example_input, kept, opaque):
             # 2. Make the smaller layers.
             speedup.speedup_model()
     except Exception as error:  # NNI raises errors of many kinds
-        # In NNI's functions, `node` is the node on which they work.
-        frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
-        nodes = [values["node"] for values in frames if "node" in values]
-        node = nodes[-1] if nodes else network.graph.output_node()
-        raise Conflict([(node, f"NNI fails at {name_of(node)}: {why(error)}")]) from error
+        node = network.graph.output_node()
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            node = frame.f_locals.get("node", node)  # the one on which NNI's functions work
+        code = traceback.extract_tb(error.__traceback__)[-1].line  # NNI's assertions have no words
+        reason = f"NNI fails at {name_of(node)}, `{code}`: {one_line(error)}"
+        raise Conflict([(node, reason)]) from error
     return speedup.narrower, speedup.channels
 
 
@@ -1129,9 +1097,6 @@ def configs_of(names, network, sparsity):
     return sorted(configs, key=lambda config: names.index(config["op_names"][0]))
 
 
-# The copy, and whether it is right
-
-
 def with_layers(model, narrower):
     """A copy of the network with NNI's layers. Its forward pass has never run."""
     compact = copy_of(model)
@@ -1139,7 +1104,7 @@ def with_layers(model, narrower):
         before = compact.get_submodule(name)
         for key, value in layer.state_dict(keep_vars=True).items():
             original = getattr(before, key)
-            value.data = value.data.to(original.dtype)
+            value.data = value.data.to(original)
             value.requires_grad_(original.requires_grad)
             if value.dim() == 0:
                 value.data.copy_(original)  # NNI resets BatchNorm's count of batches
@@ -1159,35 +1124,29 @@ def compare(model, compact, channels, example_input, opaque):
                 assert_alike(found, wanted)
             return found
         except Exception as error:  # the network's own code can raise anything
-            conflicts.append((node, f"with fewer channels, {name_of(node)} fails: {why(error)}"))
+            conflicts.append(
+                (node, f"with fewer channels, {name_of(node)} fails: {one_line(error)}")
+            )
             return copy.deepcopy(wanted)  # go on with it, and find all conflicts
 
-    runs = []
-    for network in (compact, model):
-        run = Interpreter(trace(network, example_input, opaque))
+    copied = Interpreter(trace(compact, example_input, opaque))
+    original = Interpreter(trace(model, example_input, opaque))
+    for run in (copied, original):
         run.args_iter = iter(random_inputs(example_input))
-        runs.append(run)
-    copied, original = runs
     for node, other in zip(original.graph.nodes, copied.graph.nodes):
-        original.env[node], wanted = with_zeros(original, node, channels.get(node.name))
+        if node.name in channels:  # with zeros for the lost ones; `wanted` is without them
+            axis, inputs_lost, lost, left = channels[node.name]
+            (value, *others), _ = original.fetch_args_kwargs_from_env(node)
+            value = layer_of(node)(value.index_fill(axis, inputs_lost, 0), *others)
+            original.env[node] = value.index_fill(axis, lost, 0)
+            wanted = value.index_select(axis, left)
+        else:
+            original.env[node] = wanted = original.run_node(node)
         copied.env[other] = compute(node, wanted, copied.run_node, other)
     if not conflicts:  # once more as the user runs it
         compute(node, wanted, working_copy(compact), *random_inputs(example_input))
     if conflicts:
         raise Conflict(conflicts)
-
-
-def with_zeros(run, node, left):
-    """A node's value with zeros for the lost channels, and without these channels."""
-    if left is None:
-        value = run.run_node(node)
-        return value, value
-    layer = layer_of(node)
-    axis = axis_of(layer)
-    (first, *others), _ = run.fetch_args_kwargs_from_env(node)
-    output = layer(first.movedim(axis, -1).where(left[0], 0).movedim(-1, axis), *others)
-    output = output.movedim(axis, -1).where(left[1], 0)
-    return output.movedim(-1, axis), output[..., left[1]].movedim(-1, axis)
 
 
 def assert_alike(found, wanted):
@@ -1196,9 +1155,8 @@ def assert_alike(found, wanted):
     for one, other in zip(tree_leaves(found), tree_leaves(wanted), strict=True):
         if isinstance(other, Tensor):
             # Of numbers that cancel out, only rounding is left.
-            size = other.to(torch.complex128).abs().nanmean().nan_to_num().item()
-            options = {"rtol": tolerance, "atol": tolerance * size, "equal_nan": True}
-            torch.testing.assert_close(one, other, **options)
+            atol = tolerance * other.to(torch.complex128).abs().nanmean().nan_to_num().item()
+            torch.testing.assert_close(one, other, rtol=tolerance, atol=atol, equal_nan=True)
 
 
 # --------------------------------------------------------------------------- command line
