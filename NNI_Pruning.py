@@ -37,7 +37,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter, Tracer
+from torch.fx import GraphModule, Interpreter, Node, Tracer
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -767,19 +767,16 @@ class Conflict(Exception):
     """What does not work with fewer channels. Argument: a list of nodes, each with a reason."""
 
 
-def prune(
-    model: nn.Module, pruner: str, sparsity: float, example_input: Tensor | tuple, keep=()
-) -> nn.Module:
+def prune(model: nn.Module, pruner: str, sparsity: float, example_input, keep=()) -> nn.Module:
     """Return a copy of a network with fewer channels.
 
     L1NormPruner removes the filters of smallest L1 norm (Li et al. 2017), FPGMPruner those nearest
     to the geometric median of their layer (He et al. 2019). See NNI's "Pruning Quick Start".
 
-    The copy computes what `model` computes with zeros for the removed channels. `prune` compares
+    The copy computes what `model` computes with zeros for the removed channels: `prune` compares
     the two at the output of every layer, in float64 and on random numbers. Where they differ, or
-    where NNI fails, the layers before that place keep their channels, and `prune` starts again. If
-    that does not help, the block around the place stays as it is. A warning of the logger
-    "NNI_Pruning" tells why. The layers of the output always keep their channels.
+    where NNI fails, the layers before that place keep their channels, or else the block around it
+    does. A warning of the logger "NNI_Pruning" tells why. The output's layers always keep theirs.
 
     The copy is on the CPU and in eval mode. Its parameters are new tensors, so make the optimizer
     for its fine-tuning afterwards. A head that only training uses may not fit the copy.
@@ -803,7 +800,7 @@ def prune(
         try:
             kept.update(dict(model.get_submodule(name).named_modules(prefix=name)))
         except AttributeError as error:
-            raise ExperimentError(f"keep: the network has no {name}: {one_line(error)}") from error
+            raise ExperimentError(f"keep names {name}, which the network lacks") from error
     # NNI needs gradients, and draws random numbers. What the caller has set stays as it is.
     with (
         torch.inference_mode(False),
@@ -826,12 +823,10 @@ def prune(
             gc.collect()  # what a failed attempt leaves is in reference cycles
     if not narrower:
         raise ExperimentError("no channel was removed: sparsity is too low, or keep too long")
-    after = dict(compact.named_modules())
-    wide = {
-        name
-        for name, layer in model.named_modules()
-        if type(layer) in PRUNABLE and len(layer.weight) == len(after[name].weight)
-    }
+    wide = set()
+    for name, layer in model.named_modules():
+        if type(layer) in PRUNABLE and len(layer.weight) == len(compact.get_submodule(name).weight):
+            wide.add(name)
     keep_channels(kept, wide, "NNI removes none there")
     return compact
 
@@ -876,9 +871,7 @@ def dtype_to_compare_in(model, example_input):
             return dtype
         except Exception as error:  # the network's own code can raise anything
             failure = error
-    raise ExperimentError(
-        f"example_input is no tensor or tuple that fits the network: {one_line(failure)}"
-    ) from failure
+    raise ExperimentError(f"example_input does not fit: {one_line(failure)}") from failure
 
 
 class BlockTracer(Tracer):
@@ -904,9 +897,9 @@ def trace(model, example_input, opaque):
             network = GraphModule(network, tracer.trace(network, random_inputs(example_input)))
             break
         except Exception as error:  # the network's own code can raise anything
-            # torch leaves the blocks there in which the error was.
-            problem = f"torch.fx cannot trace the network: {one_line(error)}"
-            add_block(opaque, tracer.module_stack, problem, error)
+            reason = f"torch.fx cannot trace it: {one_line(error)}"
+            # The blocks in which the error was are still on this stack.
+            add_block(opaque, tracer.module_stack, reason, error)
     for node in network.graph.nodes:  # NNI reads some arguments by their positions
         default = [0] if node.target in (torch.cat, torch.concat, torch.stack) else []
         if default or type(layer_of(node)) in NARROWABLE:
@@ -915,12 +908,13 @@ def trace(model, example_input, opaque):
     return network
 
 
-def add_block(opaque, module_stack, problem, error):
-    """Make the smallest of these blocks opaque that is not yet."""
+def add_block(opaque, module_stack, reason, error):
+    """Make the smallest of these blocks opaque that is not yet. Returns its name."""
     names = [name for name, _ in module_stack.values() if name not in opaque]
     if not names:
-        raise ExperimentError(problem) from error
+        raise ExperimentError(f"the network cannot be pruned: {reason}") from error
     opaque.add(names[-1])
+    return names[-1]
 
 
 def layer_of(node):
@@ -932,10 +926,6 @@ def layer_of(node):
     return None
 
 
-def name_of(node):
-    return f"layer {node.target}" if node.op == "call_module" else f"`{node.name}` in forward"
-
-
 def keep_channels(kept, names, reason):
     new = ", ".join(sorted(names - kept))
     if new:
@@ -944,10 +934,7 @@ def keep_channels(kept, names, reason):
 
 
 def layers_to_prune(graph, model, kept):
-    """The names of the layers that may lose channels. Adds those to `kept` that may not.
-
-    The rules save attempts, but for the one about shared parameters: they must stay shared.
-    """
+    """The names of the layers that may lose channels. Adds to `kept` those that may not."""
     kept.update(layers_before(graph.output_node()))
     uses = Counter(value for _, value in model.named_parameters(remove_duplicate=False))
     names = []
@@ -967,15 +954,12 @@ def layers_to_prune(graph, model, kept):
 
 
 def keep_more(conflict, kept, opaque):
-    """For each node: keep the layers before it, or its own, or else the smallest block around."""
+    """For each node: keep the layers before it, or else itself, or else the block around it."""
     before = set(kept)
     for node, reason in conflict.args[0]:
         more = layers_before(node) - before
-        if not more and type(layer_of(node)) in PRUNABLE:
-            more = {node.target} - before
         if not more:
-            problem = f"the network cannot be pruned: {reason}"
-            add_block(opaque, node.meta.get("nn_module_stack", {}), problem, conflict)
+            more = {add_block(opaque, node.meta.get("nn_module_stack", {}), reason, conflict)}
         keep_channels(kept, more, reason)
 
 
@@ -1015,8 +999,8 @@ class Workarounds:
     def replace_compressed_modules(self):
         """NNI's fails on layers that lose nothing, but which it cannot make anew.
 
-        `narrower` has the new layers by name; `channels`, by node: their axis, which of the layer's
-        inputs are lost, which of its outputs are lost, and which are left.
+        `narrower`: the new layers by name. `channels`, by node: their axis, which of the inputs are
+        lost, which of the outputs are lost, which are left.
         """
         tools = import_nni().compression.speedup.replacement
         self.narrower = {}
@@ -1039,8 +1023,7 @@ def run_nni(model, pruner, sparsity, example_input, kept, opaque):
     """Prune a copy of the network with NNI. Returns `narrower` and `channels` of Workarounds."""
     nni = import_nni()
     tools = nni.compression.speedup
-    # Words for log lines, in a third of NNI's time.
-    tools.model_speedup.sparsity_stats = lambda masks: ""
+    tools.model_speedup.sparsity_stats = lambda masks: ""  # for log lines, a third of NNI's time
     # NNI's other ways to propagate masks fail on some functions, such as a relu of a parameter.
     updater = tools.mask_updater.DefaultMaskUpdater()
     updater.detect = lambda _, node: node.op != "call_module"
@@ -1049,23 +1032,15 @@ def run_nni(model, pruner, sparsity, example_input, kept, opaque):
     network = trace(model, example_input, opaque)
     names = layers_to_prune(network.graph, model, kept)
     inputs = random_inputs(example_input)
-
-    class Speedup(Workarounds, tools.ModelSpeedup):
-        pass
-
+    speedup_class = type("Speedup", (Workarounds, tools.ModelSpeedup), {})
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # NNI prints
             # ModelSpeedup's own tracer fails on torch >= 2.2 ('NoneType' object has no attribute
             # 'startswith', NNI issue 5768). It accepts a graph from torch.fx instead.
-            speedup = Speedup(
-                network,
-                inputs,
-                {},
-                batch_size=max(2, len(inputs[0])),
-                customized_mask_updaters=[updater],
-                graph_module=network,
-                logger=logging.getLogger("nni"),
-            )
+            nni_logger = logging.getLogger("nni")  # silent
+            speedup = speedup_class(network, inputs, {}, graph_module=network, logger=nni_logger)
+            speedup.batch_size = max(2, len(inputs[0]))
+            speedup.mask_updaters.insert(0, updater)
             # 1. Choose the channels to remove.
             configs = configs_of(names, network, sparsity)
             nni_pruner = getattr(nni.compression.pruning, pruner)(network, configs)
@@ -1076,9 +1051,10 @@ def run_nni(model, pruner, sparsity, example_input, kept, opaque):
     except Exception as error:  # NNI raises errors of many kinds
         node = network.graph.output_node()
         for frame, _ in traceback.walk_tb(error.__traceback__):
-            node = frame.f_locals.get("node", node)  # the one on which NNI's functions work
+            found = frame.f_locals.get("node")  # NNI's functions call it so
+            node = found if isinstance(found, Node) else node
         code = traceback.extract_tb(error.__traceback__)[-1].line  # NNI's assertions have no words
-        reason = f"NNI fails at {name_of(node)}, `{code}`: {one_line(error)}"
+        reason = f"NNI fails at {node.name}: {one_line(error)} (`{code}`)"
         raise Conflict([(node, reason)]) from error
     return speedup.narrower, speedup.channels
 
@@ -1124,9 +1100,8 @@ def compare(model, compact, channels, example_input, opaque):
                 assert_alike(found, wanted)
             return found
         except Exception as error:  # the network's own code can raise anything
-            conflicts.append(
-                (node, f"with fewer channels, {name_of(node)} fails: {one_line(error)}")
-            )
+            reason = f"with fewer channels, {node.name} fails: {one_line(error)}"
+            conflicts.append((node, reason))
             return copy.deepcopy(wanted)  # go on with it, and find all conflicts
 
     copied = Interpreter(trace(compact, example_input, opaque))
@@ -1155,7 +1130,7 @@ def assert_alike(found, wanted):
     for one, other in zip(tree_leaves(found), tree_leaves(wanted), strict=True):
         if isinstance(other, Tensor):
             # Of numbers that cancel out, only rounding is left.
-            atol = tolerance * other.to(torch.complex128).abs().nanmean().nan_to_num().item()
+            atol = tolerance * other.to(torch.complex128).abs().nanmean().nan_to_num()
             torch.testing.assert_close(one, other, rtol=tolerance, atol=atol, equal_nan=True)
 
 
