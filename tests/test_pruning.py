@@ -191,14 +191,15 @@ IMAGES = torch.rand(8, 3, 8, 8)
 # The mean over channels is another one if channels go. It shows in few outputs.
 GATE = Net(lambda x, b: x * F.hardsigmoid(b(x).mean((1, 2, 3), True)), conv(bias=False))
 GATED = nn.Sequential(conv(3, bias=False), GATE, conv(), end())
+DEPTHWISE = conv(8, 8, groups=8), conv(8, 8, groups=8)
 TIED = classifier(conv(), conv(), conv())
 TIED[2].weight = TIED[3].weight
 # The Conv2d and Linear layers that lose channels, the network, and its inputs if not IMAGES.
 # Layer "1.0" is the first one inside the second.
 NETS = {
-    # Both make a removed channel another number than zero.
+    # BatchNorm and sigmoid make a removed channel another number than zero.
     "chain": ("0 3", classifier(nn.BatchNorm2d(16), nn.Sigmoid(), conv())),
-    "residual": ("0 1.0 2", block(lambda x, b: b(x) + x, conv())),
+    "residual": ("0 1.0 2", block(lambda x, b: b(input=x) + x, conv())),
     "depthwise": ("0 1 2", classifier(conv(groups=16), conv())),
     "excite": (
         "0 1.0 1.1 2",
@@ -209,7 +210,13 @@ NETS = {
         ),
     ),
     "one channel": ("2", classifier(conv(16, 1), conv(1))),
-    "cat": ("0 1.0 2", classifier(Net(lambda x, b: torch.cat([x, b(x)], 1), conv()), conv(32))),
+    "cat": (
+        "0 1.0 2",
+        classifier(
+            Net(lambda x, b: torch.cat([x, torch.cat([b(x)], 1)], axis=1), conv()),
+            Net(lambda x, b: b(torch.cat([x])), conv(32)),
+        ),
+    ),
     "LayerNorm": (
         "0 3.1 3.2",
         on_tokens(
@@ -227,7 +234,13 @@ NETS = {
     "shuffle": ("2", classifier(nn.ChannelShuffle(2), conv())),
     "fixed view": ("2", classifier(Net(lambda x: x.view(8, 4, 16, 16)), conv(4))),
     "size": ("0 1.0 2", block(lambda x, b: b(x).view(x.size()), conv())),
-    "parameter": ("2", block(lambda x, b: x * b.bias[:, None, None], conv())),
+    "parameter": ("2", block(lambda x, b: x * F.relu(b.bias)[:, None, None], conv())),
+    "frozen": ("2", classifier(torchvision.ops.FrozenBatchNorm2d(16), conv())),
+    "no statistics": ("2", classifier(nn.BatchNorm2d(16, track_running_stats=False), conv())),
+    # NNI fails in this block whatever is kept.
+    "split": ("2", block(lambda x, a, b: torch.cat([a(x[:, :8]), b(x[:, 8:])], 1), *DEPTHWISE)),
+    "unused": ("0 2", block(lambda x, b: x, conv())),
+    "width": ("0 2", block(lambda x, b: b(x) / b.out_channels, conv())),
     "called twice": ("2", block(lambda x, b: b(b(x)), conv())),
     "tied": ("0", TIED),
     "state": (
@@ -237,9 +250,22 @@ NETS = {
     "attention": ("0", on_tokens(lambda x, d: d(x, x, x)[0], nn.MultiheadAttention(16, 2))),
     "positions": ("0", on_tokens(lambda x, e: x + e(torch.arange(64)), nn.Embedding(64, 16))),
     "option": ("0 1", WithOption(*classifier(conv()))),
-    "untraceable": ("2", block(lambda x, b: x if F.relu(b(x)).sum() > 0 else -x, conv())),
+    "untraceable": (
+        "0 1.2 2",
+        block(
+            nn.Sequential.forward,
+            conv(),
+            Net(lambda x, b: x if F.relu(b(x)).sum() > 0 else -x, conv()),
+            conv(),
+        ),
+    ),
     "for nothing": ("0 1.0 2", block(lambda x, b: (b(x), x)[1], conv())),
-    "one logit": ("0", nn.Sequential(conv(3), end(1))),
+    "one logit": ("0", nn.Sequential(conv(3), end(1)), IMAGES[:1]),
+    "bytes": (
+        "0.0 0.1",
+        Net(lambda x, net: net(x.to(net[0].weight.dtype)), classifier(conv())),
+        torch.full((8, 3, 8, 8), 255, dtype=torch.uint8),
+    ),
     "in place": (
         "1 2",
         Net(
