@@ -37,7 +37,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter, Node, Tracer
+from torch.fx import GraphModule, Interpreter, Tracer
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -759,8 +759,7 @@ def main(argv=None):
 PRUNABLE = (nn.Conv2d, nn.Linear)
 # Layers whose output channel i depends only on input channel i.
 CHANNELWISE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.InstanceNorm2d, nn.PReLU)
-# All layers that NNI can make narrower.
-NARROWABLE = (*PRUNABLE, nn.Conv1d, nn.ConvTranspose2d, *CHANNELWISE)
+NARROWABLE = (*PRUNABLE, nn.Conv1d, nn.ConvTranspose2d, *CHANNELWISE)  # all that NNI makes narrower
 
 
 class Conflict(Exception):
@@ -830,8 +829,7 @@ def prune(model: nn.Module, pruner: str, sparsity: float, example_input, keep=()
 
 
 def copy_of(model):
-    """A copy on the CPU, in eval mode."""
-    # Deepcopy refuses tensors that a forward pass has computed, and the network has stored.
+    """A copy on the CPU, in eval mode, also of tensors that a forward pass has computed."""
     memo = {
         id(value): value.detach().clone()
         for value in tree_leaves([vars(module) for module in model.modules()])
@@ -895,9 +893,8 @@ def trace(model, example_input, opaque):
             network = GraphModule(network, tracer.trace(network, random_inputs(example_input)))
             break
         except Exception as error:  # the network's own code can raise anything
-            reason = f"torch.fx cannot trace it: {one_line(error)}"
             # The blocks in which the error was are still on this stack.
-            add_block(opaque, tracer.module_stack, reason, error)
+            add_block(opaque, tracer.module_stack, f"torch.fx fails: {one_line(error)}", error)
     for node in network.graph.nodes:  # NNI reads some arguments by their positions
         default = [0] if node.target in (torch.cat, torch.concat, torch.stack) else []
         if default or type(layer_of(node)) in NARROWABLE:
@@ -935,16 +932,14 @@ def layers_to_prune(graph, model, kept):
     """The names of the layers that may lose channels. Adds to `kept` those that may not."""
     kept.update(layers_before(graph.output_node()))
     uses = Counter(value for _, value in model.named_parameters(remove_duplicate=False))
-    names = []
     for node in graph.nodes:
         layer = layer_of(node)
-        if type(layer) in PRUNABLE:
-            names.append(node.target)
         if layer is not None:
             parameters = model.get_submodule(node.target).parameters()
             if type(layer) not in NARROWABLE or any(uses[value] > 1 for value in parameters):
                 reason = f"NNI does not prune {type(layer).__name__}, or what shares parameters"
                 keep_channels(kept, {node.target, *layers_before(node)}, reason)
+    names = [node.target for node in graph.nodes if type(layer_of(node)) in PRUNABLE]
     names = [name for name in names if name not in kept]
     if not names:
         raise ExperimentError("nothing can be pruned: no layer may lose channels")
@@ -1050,8 +1045,7 @@ def run_nni(model, pruner, sparsity, example_input, kept, opaque):
     except Exception as error:  # NNI raises errors of many kinds
         node = network.graph.output_node()
         for frame, _ in traceback.walk_tb(error.__traceback__):
-            found = frame.f_locals.get("node")  # NNI's functions call it so
-            node = found if isinstance(found, Node) else node
+            node = frame.f_locals.get("node", node)  # NNI's functions call it so
         code = traceback.extract_tb(error.__traceback__)[-1].line  # NNI's assertions have no words
         raise Conflict([(node, f"NNI fails at {node}: {one_line(error)} (`{code}`)")]) from error
     return speedup.narrower, speedup.channels
@@ -1127,7 +1121,6 @@ def assert_alike(found, wanted):
     tolerance = torch.finfo(torch.get_default_dtype()).eps ** 0.5
     for one, other in zip(tree_leaves(found), tree_leaves(wanted), strict=True):
         if isinstance(other, Tensor):
-            # Of numbers that cancel out, only rounding is left.
             atol = tolerance * other.to(torch.complex128).abs().nanmean().nan_to_num()
             torch.testing.assert_close(one, other, rtol=tolerance, atol=atol, equal_nan=True)
 
