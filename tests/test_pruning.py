@@ -11,7 +11,6 @@ import torch.nn.functional as F
 import torchvision
 from packaging.version import Version
 from torch import nn
-from torchvision.models.feature_extraction import create_feature_extractor
 
 import NNI_Pruning as script
 from conftest import ROOT, logits_of, run_python
@@ -89,7 +88,7 @@ def test_prune_keeps_the_filters_of_highest_score(pruner, sparsity, widths):
     assert wanted.std() > 1e-3  # else the comparison would mean nothing
 
 
-@parametrize("sparsity", [0.1, 0.75, 0.99])
+@parametrize("sparsity", [0.75, 0.99])
 def test_macs_by_arithmetic(sparsity):
     widths = (9, 20, 33, 7)
     model = script.prune(script.CNN(widths), L1, sparsity, torch.rand(8, 1, 28, 28))
@@ -217,9 +216,7 @@ NETS = {
         on_tokens(lambda x, n, a: a(n(x)), nn.LayerNorm(16), nn.Linear(16, 16)),
     ),
     "softmax": ("2", classifier(nn.Softmax(1), conv())),
-    "argmax": ("0.2", nn.Sequential(GATED, Net(lambda x: x.argmax(1)))),
-    "saturated": ("2", GATED, IMAGES * 255),
-    "shuffle": ("2", classifier(nn.ChannelShuffle(2), conv())),
+    "argmax": ("0.2", nn.Sequential(GATED, Net(lambda x: x.argmax(1))), IMAGES * 255),
     "fixed view": ("2", classifier(Net(lambda x: x.view(8, 4, 16, 16)), conv(4))),
     "parameter": ("2", block(lambda x, b: x * F.relu(b.bias)[:, None, None], conv())),
     "frozen": ("2", classifier(torchvision.ops.FrozenBatchNorm2d(16), conv())),
@@ -242,13 +239,6 @@ NETS = {
         "0 2",
         classifier(
             nn.Sequential(conv(), Net(lambda x, b: x if b(x).sum() > 0 else -x, conv())), conv()
-        ),
-    ),
-    "extractor": (
-        "0.0",
-        Net(
-            lambda x, extract: extract(x)["2"],
-            create_feature_extractor(classifier(nn.BatchNorm2d(16), conv()), ["2"]),
         ),
     ),
     "for nothing": ("0 1.0 2", block(lambda x, b: (b(x), x)[1], conv())),
@@ -320,7 +310,7 @@ def test_what_the_caller_has_set_does_not_matter_and_stays(context):
 
 
 def test_what_forward_stores_stays_out_of_the_copy():
-    net = WithOption(*classifier(conv()))
+    net = WithOption(*classifier(nn.Dropout(), conv()))  # in training mode
     seen = net(IMAGES)  # deepcopy refuses it
     compact = script.prune(net, L1, 0.5, IMAGES)
     assert net.seen is seen
@@ -331,7 +321,7 @@ def test_one_attempt_finds_all_conflicts(monkeypatch):
     failed = []
     monkeypatch.setattr(script.gc, "collect", lambda: failed.append(1))
     script.prune(classifier(nn.Softmax(1), conv(), nn.Softmax(1), conv()), L1, 0.5, IMAGES)
-    assert len(failed) == 1
+    assert failed == [1]
 
 
 def test_nni_gets_the_layers_in_the_order_of_the_graph():
