@@ -981,9 +981,9 @@ class Workarounds:
             super().fix_mask_conflict()
 
     def indirect_backward(self, value, mask):
-        """NNI's fails on several outputs of one layer."""
+        """NNI's fails on several outputs of a layer. Its gradients of 1 cancel out in softmax."""
         if mask is not None and value.requires_grad:
-            value.backward(mask.expand_as(value), retain_graph=True)
+            value.backward(mask * torch.rand_like(value), retain_graph=True)
 
     def initialize_propagate(self, inputs):
         """NNI takes a parameter of equal numbers, such as the zeros of a new layer, for unused."""
@@ -1092,8 +1092,7 @@ def compare(model, compact, channels, example_input, opaque):
                 assert_alike(found, wanted)
             return found
         except Exception as error:  # the network's own code can raise anything
-            reason = f"with fewer channels, {node} fails: {one_line(error)}"
-            conflicts.append((node, reason))
+            conflicts.append((node, f"with fewer channels, {node} fails: {one_line(error)}"))
             return copy.deepcopy(wanted)  # go on with it, and find all conflicts
 
     copied = Interpreter(trace(compact, example_input, opaque))
