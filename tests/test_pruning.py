@@ -302,6 +302,7 @@ def test_what_the_caller_has_set_does_not_matter_and_stays(context):
             compact = script.prune(NETS["cat"][1], L1, 0.5, IMAGES)
             assert not torch.is_grad_enabled()
         assert torch.get_rng_state().equal(before)
+        assert not script.gc.get_freeze_count()
         copies.append(compact.parameters())
     assert all(map(torch.equal, *copies))
     compact(IMAGES).sum().backward()
