@@ -757,7 +757,7 @@ def main(argv=None):
 
 # --------------------------------------------------------------------------- own networks
 PRUNABLE = (nn.Conv2d, nn.Linear)
-CHANNELWISE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.InstanceNorm2d, nn.PReLU)  # one by one
+CHANNELWISE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.InstanceNorm2d, nn.PReLU)  # channel by channel
 NARROWABLE = (*PRUNABLE, nn.Conv1d, nn.ConvTranspose2d, *CHANNELWISE)  # all that NNI makes narrower
 
 
