@@ -23,7 +23,6 @@ import gc
 import io
 import logging
 import math
-import operator
 import os
 import socket
 import sys
@@ -844,14 +843,12 @@ def main(argv: list[str] | None = None) -> list[dict]:
 
 # --------------------------------------------------------------------------- own networks
 PRUNABLE = (nn.Conv2d, nn.Linear)
-# Layers whose output channel i depends only on input channel i.
-CHANNELWISE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.InstanceNorm2d, nn.PReLU)
-# All layers that NNI can make narrower.
-NARROWABLE = (*PRUNABLE, nn.Conv1d, nn.ConvTranspose2d, *CHANNELWISE)
+CHANNELWISE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.InstanceNorm2d, nn.PReLU)  # channel by channel
+NARROWABLE = (*PRUNABLE, nn.Conv1d, nn.ConvTranspose2d, *CHANNELWISE)  # all that NNI makes narrower
 
 
 class Conflict(Exception):
-    """A node of the graph does not work with fewer channels. Arguments: node and reason."""
+    """What does not work with fewer channels. Argument: a list of nodes, each with a reason."""
 
 
 def prune(model: nn.Module, pruner: str, sparsity: float, example_input, keep=()) -> nn.Module:
@@ -860,144 +857,144 @@ def prune(model: nn.Module, pruner: str, sparsity: float, example_input, keep=()
     L1NormPruner removes the filters of smallest L1 norm (Li et al. 2017), FPGMPruner those nearest
     to the geometric median of their layer (He et al. 2019). See NNI's "Pruning Quick Start".
 
-    The copy computes what `model` computes with zeros for the removed channels. `prune` compares
+    The copy computes what `model` computes with zeros for the removed channels: `prune` compares
     the two at the output of every layer, in float64 and on random numbers. Where they differ, or
-    where NNI fails, the layers before that place keep their channels, and `prune` starts again. A
-    warning of the logger "NNI_Pruning" tells why. The layers of the output always keep theirs.
-
-    The copy is on the CPU and in eval mode. Its parameters are new tensors, so make the optimizer
-    for its fine-tuning afterwards. A head that only training uses may not fit the copy.
+    where NNI fails, the layers before that place keep their channels, or else the block around it
+    does. A warning of the logger "NNI_Pruning" tells why. The output's layers always keep theirs.
+    The copy is on the CPU and in eval mode, its parameters are new: make the optimizer for its
+    fine-tuning afterwards. A head that only training uses may not fit it.
 
     Args:
         model: a network that torch.fx can trace; blocks that it cannot trace stay as they are. Its
             Conv2d and Linear layers are pruned; summed ones lose the same channels.
         pruner: a name from PRUNERS.
         sparsity: the share of each layer's channels to remove; between 0 and 1, both excluded.
-        example_input: a tensor, a batch of about eight examples; or a tuple of tensors for several
-            inputs. NNI's time and memory grow with the area of images: take the smallest that fit.
+        example_input: a batch of two, as a tensor, or a tuple of tensors for several inputs. Time
+            and memory grow with the batch and the area of images: take the smallest that fit.
         keep: names of more Conv2d or Linear layers, or blocks of them, that keep their channels.
 
     Raises ExperimentError if an argument is wrong, or if the network cannot be pruned.
     """
     if pruner not in PRUNERS or not 0 < sparsity < 1:
         raise ExperimentError(f"pruner must be in {PRUNERS}, and sparsity between 0 and 1")
+    kept = set()  # names of layers
+    opaque = set()  # names of blocks that stay as they are; each is one node of the graph
+    for name in [keep] if isinstance(keep, str) else keep or ():
+        try:
+            kept.update(dict(model.get_submodule(name).named_modules(prefix=name)))
+        except AttributeError as error:
+            raise ExperimentError(f"keep names {name}, which the network lacks") from error
     # NNI needs gradients, and draws random numbers. What the caller has set stays as it is.
-    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+    with (
+        torch.inference_mode(False),
+        torch.autocast("cpu", enabled=False),
+        torch.random.fork_rng(devices=[]),
+        contextlib.ExitStack() as at_the_end,
+    ):
         torch.default_generator.manual_seed(0)
-        network, graph, dtype = trace(model, example_input)
-        kept = layers_to_keep(graph, network, [keep] if isinstance(keep, str) else keep)
+        at_the_end.callback(torch.set_default_dtype, torch.get_default_dtype())
+        at_the_end.callback(gc.unfreeze)
+        gc.freeze()  # else each collection of garbage goes through all modules: 0.2 s
+        dtype = dtype_to_compare_in(model, example_input)
         while True:
             try:
-                pruned, masks = run_nni(graph, network, example_input, pruner, sparsity, kept)
-                compact = checked(graph, network, pruned, masks, example_input, dtype)
+                narrower, channels = run_nni(model, pruner, sparsity, example_input, kept, opaque)
+                gc.collect()  # what NNI leaves is in reference cycles
+                compact = with_layers(model, narrower)
+                torch.set_default_dtype(dtype)
+                compare(model, compact, channels, example_input, opaque)
                 break
             except Conflict as conflict:
-                node, reason = conflict.args
-                more = layers_before(node) - kept
-                if not more and type(layer_of(node)) in PRUNABLE:
-                    more = {node.target} - kept
-                if not more:
-                    raise ExperimentError(f"the network cannot be pruned: {reason}") from conflict
-                keep_channels(kept, more, reason)
-            gc.collect()  # what a failed attempt leaves is in reference cycles
-        if count_parameters(compact) == count_parameters(model):
-            raise ExperimentError("no channel was removed: sparsity is too low, or keep too long")
-        for name, value in (*compact.named_parameters(), *compact.named_buffers()):
-            original = operator.attrgetter(name)(model)
-            value.data = value.data.to(original.dtype)
-            value.requires_grad_(original.requires_grad)
-            if value.dim() == 0:
-                value.data.copy_(original)  # NNI resets BatchNorm's count of batches
+                keep_more(conflict, kept, opaque)
+            gc.collect()
+    if not narrower:
+        raise ExperimentError("no channel was removed: sparsity is too low, or keep too long")
+    for name, layer in model.named_modules():
+        if type(layer) in PRUNABLE and len(layer.weight) == len(compact.get_submodule(name).weight):
+            keep_channels(kept, {name}, "NNI removes none there")
     return compact
 
 
-def random_inputs(example_input, dtype):
+def copy_of(model):
+    """A copy on the CPU, in eval mode, also of tensors that a forward pass has computed."""
+    memo = {
+        id(value): value.detach().clone()
+        for value in tree_leaves([vars(module) for module in model.modules()])
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    return copy.deepcopy(model, memo).cpu().eval()
+
+
+def working_copy(model):
+    network = copy_of(model)  # network.to(dtype) would make complex numbers real
+    return network.double() if torch.get_default_dtype() == torch.float64 else network.float()
+
+
+def random_inputs(example_input):
     """The same random numbers at each call, in the example's shapes. Whole numbers stay."""
     generator = torch.Generator().manual_seed(0)
     inputs = []
     for value in [example_input] if isinstance(example_input, Tensor) else example_input:
-        numbers = torch.rand(value.shape, generator=generator, dtype=dtype)
-        inputs.append(numbers if value.is_floating_point() else value.cpu().clone())
+        numbers = value.cpu().clone()
+        if value.is_floating_point():
+            numbers = torch.rand(value.shape, generator=generator)
+        elif value.dtype == torch.uint8:  # an image; NNI fails if there is a 255
+            numbers.random_(255, generator=generator)
+        inputs.append(numbers)
     return inputs
 
 
-def copy_of(network, dtype):
-    network = copy.deepcopy(network)
-    # Unlike network.to(dtype), these leave complex numbers complex.
-    return network.double() if dtype == torch.float64 else network.float()
+@torch.no_grad()
+def dtype_to_compare_in(model, example_input):
+    for dtype in (torch.float64, torch.float32):  # some networks ask for float32 in their own code
+        torch.set_default_dtype(dtype)
+        try:
+            working_copy(model)(*random_inputs(example_input))
+            return dtype
+        except Exception as error:  # the network's own code can raise anything
+            failure = error
+    raise ExperimentError(f"example_input does not fit: {one_line(failure)}") from failure
 
 
 class BlockTracer(Tracer):
-    """Makes a block that it cannot trace, such as one with an `if` on data, a single node."""
+    """Makes the blocks in `opaque` single nodes."""
 
     def create_args_for_root(self, root_fn, is_module, inputs):
         # Arguments of forward that the user does not pass have their default values.
-        numbers = range(len(inputs))
-        proxies = [self.create_proxy("placeholder", f"input_{n}", (), {}) for n in numbers]
-        return root_fn, [self.root, *proxies]
+        names = [f"input_{number}" for number in range(len(inputs))]
+        return root_fn, [self.root, *(self.create_proxy("placeholder", n, (), {}) for n in names)]
 
-    def call_module(self, module, forward, args, kwargs):
-        size = len(self.graph.nodes)
-        try:
-            return super().call_module(module, forward, args, kwargs)
-        except Exception:  # the block's own code can raise anything
-            for node in reversed(list(self.graph.nodes)[size:]):  # of the part before the error
-                self.graph.erase_node(node)
-            return self.create_proxy("call_module", self.path_of_module(module), args, kwargs)
+    def is_leaf_module(self, module, name):
+        return name in self.opaque or super().is_leaf_module(module, name)
 
 
 @torch.no_grad()
-def trace(model, example_input):
-    """A copy of the network, its torch.fx graph, and the dtype to compare in."""
-    for dtype in (torch.float64, torch.float32):  # some networks ask for float32 in their own code
-        try:
-            inputs = random_inputs(example_input, dtype)
-            network = copy.deepcopy(model).cpu().eval()
-            copy_of(network, dtype)(*inputs)
-            # Tracing adds the tensors that `forward` creates to the network.
-            graph = BlockTracer().trace(network, inputs)
-            graph.owning_module = network  # where layer_of looks
-            return network, graph, dtype
+def trace(model, example_input, opaque):
+    """A copy of the network as a graph of torch.fx. Blocks that it cannot trace become opaque."""
+    while True:
+        network = working_copy(model)  # a new one: what `forward` writes to it is a Proxy
+        tracer = BlockTracer()
+        tracer.opaque = opaque
+        try:  # after an error, module_stack has the blocks in which it was
+            network = GraphModule(network, tracer.trace(network, random_inputs(example_input)))
+            break
         except Exception as error:  # the network's own code can raise anything
-            failure = error
-    raise ExperimentError(
-        "torch.fx cannot trace the network, or example_input is no tensor or tuple that fits:"
-        f" {one_line(failure)}"
-    ) from failure
+            add_block(opaque, tracer.module_stack, f"torch.fx fails: {one_line(error)}", error)
+    for node in network.graph.nodes:  # NNI reads some arguments by their positions
+        default = [0] if node.target in (torch.cat, torch.concat, torch.stack) else []
+        if default or type(layer_of(node)) in NARROWABLE:
+            node.args = (*node.args, *node.kwargs.values(), *default)[:2]
+            node.kwargs = {}
+    return network
 
 
-def layers_to_keep(graph, network, blocks):
-    """The names of the layers that must keep their channels, before any attempt."""
-    modules = dict(network.named_modules(remove_duplicate=False))
-    kept = layers_before(graph.output_node())
-    for block in blocks:
-        if block not in modules:
-            raise ExperimentError(f"keep names {block}, but the network has no such layer")
-        kept.update(name for name in modules if f"{name}.".startswith(f"{block}."))
-
-    uses = Counter(value for _, value in network.named_parameters(remove_duplicate=False))
-    constants = set()  # nodes that depend on no input
-    for node in graph.nodes:
-        layer = layer_of(node)
-        sources = set(node.all_input_nodes)
-        if node.op == "get_attr" or (sources and sources <= constants):
-            constants.add(node)
-        elif layer is not None and any(uses[value] > 1 for value in layer.parameters()):
-            reason = f"{node.target} shares a parameter with another layer"
-            keep_channels(kept, {node.target, *layers_before(node)}, reason)
-        elif layer is not None and type(layer) not in NARROWABLE:
-            kind = type(layer).__name__
-            keep_channels(kept, layers_before(node), f"NNI does not prune {kind} {node.target}")
-        elif sources & constants:
-            keep_channels(kept, layers_before(node), f"{name_of(node)} reads a parameter")
-    return kept
-
-
-def keep_channels(kept, names, reason):
-    new = ", ".join(sorted(names - kept))
-    if new:
-        logging.getLogger("NNI_Pruning").warning(f"All channels stay in {new}: {reason}")
-    kept.update(names)
+def add_block(opaque, module_stack, reason, error):
+    """Make the smallest of these blocks opaque that is not yet. Returns its name."""
+    names = [name for name, _ in module_stack.values() if name not in opaque]
+    if not names:
+        raise ExperimentError(f"the network cannot be pruned: {reason}") from error
+    opaque.add(names[-1])
+    return names[-1]
 
 
 def layer_of(node):
@@ -1009,163 +1006,209 @@ def layer_of(node):
     return None
 
 
+def keep_channels(kept, names, reason):
+    new = ", ".join(sorted(names - kept))
+    if new:
+        logging.getLogger("NNI_Pruning").warning(f"All channels stay in {new}: {reason}")
+    kept.update(names)
+
+
+def layers_to_prune(graph, model, kept):
+    """The names of the layers that may lose channels. Adds to `kept` those that may not."""
+    kept.update(layers_before(graph.output_node()))
+    uses = Counter(value for _, value in model.named_parameters(remove_duplicate=False))
+    for node in graph.nodes:
+        layer = layer_of(node)
+        if layer is not None:
+            parameters = model.get_submodule(node.target).parameters()
+            if type(layer) not in NARROWABLE or any(uses[value] > 1 for value in parameters):
+                reason = f"NNI does not prune {type(layer).__name__}, or what shares parameters"
+                keep_channels(kept, {node.target, *layers_before(node)}, reason)
+    names = [
+        node.target
+        for node in graph.nodes
+        if type(layer_of(node)) in PRUNABLE and node.target not in kept
+    ]
+    if names:
+        return names
+    raise ExperimentError("nothing can be pruned: no layer may lose channels")
+
+
+def keep_more(conflict, kept, opaque):
+    """For each node: keep the layers before it, or else itself, or else the block around it."""
+    before = set(kept)
+    for node, reason in conflict.args[0]:
+        more = layers_before(node) - before
+        if not more:
+            more = {add_block(opaque, node.meta.get("nn_module_stack", {}), reason, conflict)}
+        keep_channels(kept, more, reason)
+
+
 def layers_before(node):
     """The names of the Conv2d and Linear layers whose output channels reach a node."""
-    names = set()
     seen = set()
     waiting = [node]
-    if node.op == "call_module":  # all calls of the layer
-        waiting = node.graph.find_nodes(op=node.op, target=node.target)
     while waiting:
         for source in set(waiting.pop().all_input_nodes) - seen:
             seen.add(source)
-            layer = layer_of(source)
-            if type(layer) in PRUNABLE:
-                names.add(source.target)
-            elif layer is None or isinstance(layer, CHANNELWISE):
+            if layer_of(source) is None or isinstance(layer_of(source), CHANNELWISE):
                 waiting.append(source)
-    return names
+    return {source.target for source in seen if type(layer_of(source)) in PRUNABLE}
 
 
-def name_of(node):
-    return f"layer {node.target}" if node.op == "call_module" else f"`{node.name}` in forward"
+class Workarounds:
+    """Methods that replace those of NNI's ModelSpeedup, or go before them."""
 
+    def tensor_propagate_check(self, value):
+        """NNI's refuses a single logit."""
+        return value.numel() % self.batch_size == 0
 
-def run_nni(graph, network, example_input, pruner, sparsity, kept):
-    """Prune a copy of the network with NNI. Returns it, and a mask of each node's output."""
-    nni = import_nni()
-    dtypes = {value.dtype for value in network.parameters()}
-    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-    network = copy_of(network, dtype)
-    # ModelSpeedup's own tracer fails on torch >= 2.2 ('NoneType' object has no attribute
-    # 'startswith', NNI issue 5768). It accepts a graph from torch.fx instead.
-    traced = GraphModule(network, graph)
-    updater = nni.compression.speedup.mask_updater.DefaultMaskUpdater()
-    updater.detect = lambda _, node: node.target is operator.getitem
-    speedup = nni.compression.speedup.ModelSpeedup(
-        network,
-        tuple(random_inputs(example_input, dtype)),
-        {},
-        customized_mask_updaters=[updater],
-        graph_module=traced,
-        logger=logging.getLogger("nni"),
-    )
-    # For a network with `x.size()`, NNI deletes this attribute, but never sets it.
-    for info in speedup.node_infos.values():
-        info._output_randomize = None
-    # NNI's versions of these two fail on a single logit, and on several outputs of one layer.
-    speedup.tensor_propagate_check = lambda value: value.numel() % speedup.batch_size == 0
+    def fix_mask_conflict(self):
+        """NNI's fails on a product of 16 channels and one. What it leaves, `compare` finds."""
+        with contextlib.suppress(AssertionError):
+            super().fix_mask_conflict()
 
-    def backward_from(value, mask):
+    def indirect_backward(self, value, mask):
+        """NNI's fails on several outputs of a layer. Its gradients of 1 cancel out in softmax."""
         if mask is not None and value.requires_grad:
-            value.backward(mask.expand_as(value), retain_graph=True)
+            value.backward(mask * torch.rand_like(value), retain_graph=True)
 
-    speedup.indirect_backward = backward_from
-    config = {"op_types": ["Conv2d", "Linear"], "exclude_op_names": sorted(kept)}
-    config["sparse_ratio"] = sparsity
+    def initialize_propagate(self, inputs):
+        """NNI takes a parameter of equal numbers, such as the zeros of a new layer, for unused."""
+        super().initialize_propagate(inputs)
+        for parameter in self.graph_module.parameters():
+            parameter.grad = torch.zeros_like(parameter)  # also where no gradient arrives
+            if parameter.min() == parameter.max():
+                parameter.data.uniform_()  # NNI restores all parameters afterwards
+
+    @torch.no_grad()
+    def replace_compressed_modules(self):
+        """NNI's fails on layers that lose nothing, but which it cannot make anew."""
+        tools = import_nni().compression.speedup.replacement
+        self.narrower = {}  # the new layers by name
+        self.channels = {}  # by node: their axis, inputs lost, outputs lost, outputs left
+        for node, info in self.node_infos.items():
+            layer = layer_of(node)
+            if type(layer) in NARROWABLE:
+                axis = -1 if isinstance(layer, nn.Linear) else 1
+                mask = self.node_infos[node.args[0]].output_masks
+                inputs_lost, _ = tools.convert_to_coarse_mask(mask, axis)
+                lost, left = tools.convert_to_coarse_mask(info.output_masks, axis)
+                if len(inputs_lost) or len(lost):
+                    masks = ([mask], info.output_masks, info.param_masks)
+                    make = tools.replace_module[type(layer).__name__]
+                    self.narrower[node.target] = make(layer, masks)
+                    self.channels[node.name] = axis, inputs_lost, lost, left
+
+
+def run_nni(model, pruner, sparsity, example_input, kept, opaque):
+    """Prune a copy of the network with NNI. Returns `narrower` and `channels` of Workarounds."""
+    nni = import_nni()
+    tools = nni.compression.speedup
+    tools.model_speedup.sparsity_stats = len  # NNI's takes a third of its time, for log lines
+    # NNI's other ways to propagate masks fail on some functions, such as a relu of a parameter.
+    updater = tools.mask_updater.DefaultMaskUpdater()
+    updater.detect = lambda _, node: node.op != "call_module"
+    is_double = any(value.dtype == torch.float64 for value in model.parameters())
+    torch.set_default_dtype(torch.float64 if is_double else torch.float32)
+    network = trace(model, example_input, opaque)
+    names = layers_to_prune(network.graph, model, kept)
+    inputs = random_inputs(example_input)
+    speedup_class = type("Speedup", (Workarounds, tools.ModelSpeedup), {})
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # NNI prints
+            # ModelSpeedup's own tracer fails on torch >= 2.2 ('NoneType' object has no attribute
+            # 'startswith', NNI issue 5768). It accepts a graph from torch.fx instead.
+            nni_logger = logging.getLogger("nni")  # silent
+            speedup = speedup_class(network, inputs, {}, graph_module=network, logger=nni_logger)
+            speedup.batch_size = max(2, len(inputs[0]))
+            speedup.mask_updaters.insert(0, updater)
+            # 1. Choose the channels to remove.
+            configs = configs_of(names, network, sparsity)
+            nni_pruner = getattr(nni.compression.pruning, pruner)(network, configs)
+            _, speedup.masks = nni_pruner.compress()
+            nni_pruner.unwrap_model()
+            # 2. Make the smaller layers.
+            speedup.speedup_model()
+    except Exception as error:  # NNI raises errors of many kinds
+        node = network.graph.output_node()
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            node = frame.f_locals.get("node", node)  # NNI's functions call it so
+        code = traceback.extract_tb(error.__traceback__)[-1].line  # NNI's assertions have no words
+        raise Conflict([(node, f"NNI fails at {node}: {one_line(error)} (`{code}`)")]) from error
+    return speedup.narrower, speedup.channels
+
+
+def configs_of(names, network, sparsity):
+    """NNI's configurations, one for each layer."""
+    config = {"op_names": names, "sparse_ratio": sparsity}
     # Groups ("denpendency" is NNI's spelling) make summed layers lose the same channels.
-    configs = nni.compression.speedup.auto_set_denpendency_group_ids(traced, [config])
-    if not configs:
-        raise ExperimentError("nothing can be pruned: no Conv2d or Linear layer may lose channels")
+    configs = import_nni().compression.speedup.auto_set_denpendency_group_ids(network, [config])
     for config in configs:
         if "dependency_group_id" in config:
             # NNI cannot add the scores of layers that differ in kind or in number of channels.
             weight = network.get_submodule(config["op_names"][0]).weight
             config["dependency_group_id"] += f" {weight.dim()} {len(weight)}"
-    dtype_before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # NNI creates its layers in the default dtype
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # NNI prints
-            # 1. Choose the channels to remove.
-            nni_pruner = getattr(nni.compression.pruning, pruner)(network, configs)
-            _, speedup.masks = nni_pruner.compress()
-            nni_pruner.unwrap_model()
-            # 2. Replace the layers by smaller ones. NNI takes a parameter of equal numbers, such as
-            # the zeros of a new layer, for unused. Random numbers replace them meanwhile.
-            equal = {}
-            for name, parameter in network.named_parameters():
-                parameter.grad = torch.zeros_like(parameter)  # also where no gradient arrives
-                if parameter.min() == parameter.max():
-                    equal[name] = parameter.data.max()
-                    parameter.data.uniform_()
-            compact = speedup.speedup_model().eval()
-            for name, value in equal.items():
-                compact.get_parameter(name).data.fill_(value)
-    except Exception as error:  # NNI raises errors of many kinds
-        # In NNI's functions, `node` is the node on which they work.
-        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-        nodes = [frame.f_locals["node"] for frame in frames if "node" in frame.f_locals]
-        node = nodes[-1] if nodes else graph.output_node()
-        raise Conflict(node, f"NNI fails at {name_of(node)}: {one_line(error)}") from error
-    finally:
-        torch.set_default_dtype(dtype_before)
-    return compact, {node: info.output_masks for node, info in speedup.node_infos.items()}
+    # NNI's own order is that of a set of strings, another one in each process.
+    return sorted(configs, key=lambda config: names.index(config["op_names"][0]))
 
 
-class LayerNorms(Interpreter):
-    """Runs a network, and takes the norm of each layer's output. What `masks` remove is zero."""
-
-    def __init__(self, network, graph, masks):
-        super().__init__(network, graph=graph)
-        self.masks = masks
-        self.norms = {}  # by node
-
-    def run_node(self, node):
-        self.node = node
-        output = super().run_node(node)
-        if node.op == "output" or layer_of(node) is not None:
-            self.norms[node] = norms_of(output)
-        return output
-
-    def call_module(self, target, args, kwargs):
-        layer = self.fetch_attr(target)
-        if not isinstance(layer, NARROWABLE):
-            return super().call_module(target, args, kwargs)
-        axis = -1 if isinstance(layer, nn.Linear) else 1
-        value = self.with_zeros(args[0], self.node.args[0], axis)
-        return self.with_zeros(layer(value, *args[1:]), self.node, axis)
-
-    def with_zeros(self, value, node, axis):
-        mask = self.masks.get(node)
-        if mask is None:
-            return value
-        is_left = mask.movedim(axis, 0).flatten(1).any(dim=1)
-        return (value.movedim(axis, -1) * is_left).movedim(-1, axis)
-
-
-def norms_of(output):
-    """The Euclidean norms of an output, which can be a tensor, a tuple or a dictionary."""
-    tensors = [value for value in tree_leaves(output) if isinstance(value, Tensor)]
-    norms = [value.to(torch.complex128).norm().item() for value in tensors]
-    return torch.tensor(norms, dtype=torch.float64)
+def with_layers(model, narrower):
+    """A copy of the network with NNI's layers. Its forward pass has never run."""
+    compact = copy_of(model)
+    originals = compact.state_dict(keep_vars=True)
+    for name, layer in narrower.items():
+        for key, value in layer.state_dict(keep_vars=True).items():
+            original = originals[f"{name}.{key}"]
+            value.data = value.data.to(original)
+            value.requires_grad_(original.requires_grad)
+            if value.dim() == 0:
+                value.data.copy_(original)  # NNI resets BatchNorm's count of batches
+        compact.set_submodule(name, layer)
+    return compact.eval()
 
 
 @torch.no_grad()
-def checked(graph, network, pruned, masks, example_input, dtype):
-    """The pruned network, if it computes what the original computes with zeros; else Conflict."""
-    original = copy_of(network, dtype)
-    pruned = copy_of(pruned, dtype)
-    # NNI makes all layers anew. Put back those that lost nothing, so that ties stay.
-    for name, module in original.named_modules(remove_duplicate=False):
-        if name and str(module) == str(pruned.get_submodule(name)):  # the text has all sizes
-            pruned.set_submodule(name, module)
+def compare(model, compact, channels, example_input, opaque):
+    """Run both networks, node by node. Raises Conflict with all nodes where they differ."""
+    conflicts = []
 
-    expected = LayerNorms(original, graph, masks)
-    expected.run(*random_inputs(example_input, dtype))
-    found = LayerNorms(pruned, graph, {})
-    try:
-        found.run(*random_inputs(example_input, dtype))
-        # Once more as the user runs it. This replaces the norm of the last node, the output.
-        found.norms[found.node] = norms_of(pruned(*random_inputs(example_input, dtype)))
-    except Exception as error:  # the network's own code can raise anything
-        reason = f"with fewer channels, {name_of(found.node)} fails: {one_line(error)}"
-        raise Conflict(found.node, reason) from error
-    # A norm does not show a wrong order of channels. The norm after the next layer does.
-    tolerance = 1e-9 if dtype == torch.float64 else 1e-4
-    for node, norms in found.norms.items():
-        if not torch.allclose(norms, expected.norms[node], tolerance, 1e-12):
-            raise Conflict(node, f"with fewer channels, {name_of(node)} computes other values")
-    return pruned
+    def compute(node, wanted, function, *arguments):
+        try:
+            found = function(*arguments)
+            if node.op == "output" or layer_of(node):
+                assert_alike(found, wanted)
+            return found
+        except Exception as error:  # the network's own code can raise anything
+            conflicts.append((node, f"with fewer channels, {node} fails: {one_line(error)}"))
+            return copy.deepcopy(wanted)  # go on with it, and find all conflicts
+
+    copied = Interpreter(trace(compact, example_input, opaque))
+    original = Interpreter(trace(model, example_input, opaque))
+    for run in (copied, original):
+        run.args_iter = iter(random_inputs(example_input))
+    for node, other in zip(original.graph.nodes, copied.graph.nodes):
+        if node.name in channels:  # with zeros for the lost ones; `wanted` is without them
+            axis, inputs_lost, lost, left = channels[node.name]
+            (value, *others), _ = original.fetch_args_kwargs_from_env(node)
+            value = layer_of(node)(value.index_fill(axis, inputs_lost, 0), *others)
+            original.env[node] = value.index_fill(axis, lost, 0)
+            wanted = value.index_select(axis, left)
+        else:
+            original.env[node] = wanted = original.run_node(node)
+        copied.env[other] = compute(node, wanted, copied.run_node, other)
+    if not conflicts:  # once more as the user runs it
+        compute(node, wanted, working_copy(compact), *random_inputs(example_input))
+    if conflicts:
+        raise Conflict(conflicts)
+
+
+def assert_alike(found, wanted):
+    tolerance = torch.finfo(torch.get_default_dtype()).eps ** 0.5
+    for one, other in zip(tree_leaves(found), tree_leaves(wanted), strict=True):
+        if isinstance(other, Tensor):
+            atol = tolerance * other.to(torch.complex128).abs().nanmean().nan_to_num()
+            torch.testing.assert_close(one, other, rtol=tolerance, atol=atol, equal_nan=True)
 
 
 # --------------------------------------------------------------------------- command line

@@ -89,16 +89,13 @@ def test_prune_keeps_the_filters_of_highest_score(pruner, sparsity, widths):
     assert wanted.std() > 1e-3  # else the comparison would mean nothing
 
 
-@parametrize("sparsity", [0.1, 0.75, 0.99])
-def test_parameters_and_macs_by_arithmetic(sparsity):
+@parametrize("sparsity", [0.75, 0.99])
+def test_macs_by_arithmetic(sparsity):
     widths = (9, 20, 33, 7)
     model = script.prune(script.CNN(widths), L1, sparsity, torch.rand(8, 1, 28, 28))
     c1, c2, c3, h = (width - int(width * sparsity) for width in widths)
     conv1, conv2, conv3 = 25 * c1, 9 * c1 * c2, 9 * c2 * c3
     linear = 4 * c3 * h + 10 * h
-    norms = 2 * (c2 + c3)
-    parameters = conv1 + c1 + conv2 + conv3 + linear + h + 10 + norms
-    assert script.count_parameters(model) == parameters
     macs = 144 * conv1 + 100 * conv2 + 25 * conv3 + linear
     model.train()
     assert script.count_macs(model) == macs
@@ -164,7 +161,8 @@ class Net(nn.Sequential):
 
 class WithOption(nn.Sequential):
     def forward(self, x, mask=None):
-        return super().forward(x if mask is None else mask)
+        self.seen = super().forward(x if mask is None else mask)
+        return self.seen
 
 
 def conv(inputs=16, outputs=16, **options):
@@ -188,7 +186,7 @@ def on_tokens(steps, *layers):
     return classifier(conv(), tokens, Net(steps, *layers), tokens)
 
 
-IMAGES = torch.rand(8, 3, 8, 8)
+IMAGES = torch.rand(2, 3, 8, 8)
 # The mean over channels is another one if channels go. It shows in few outputs.
 GATE = Net(lambda x, b: x * F.hardsigmoid(b(x).mean((1, 2, 3), True)), conv(bias=False))
 GATED = nn.Sequential(conv(3, bias=False), GATE, conv(), end())
@@ -197,9 +195,9 @@ TIED[2].weight = TIED[3].weight
 # The Conv2d and Linear layers that lose channels, the network, and its inputs if not IMAGES.
 # Layer "1.0" is the first one inside the second.
 NETS = {
-    # Both make a removed channel another number than zero.
+    # BatchNorm and sigmoid make a removed channel another number than zero.
     "chain": ("0 3", classifier(nn.BatchNorm2d(16), nn.Sigmoid(), conv())),
-    "residual": ("0 1.0 2", block(lambda x, b: b(x) + x, conv())),
+    "residual": ("0 1.0 2", block(lambda x, b: b(input=x) * x.sum(1, True) + x, conv())),
     "depthwise": ("0 1 2", classifier(conv(groups=16), conv())),
     "excite": (
         "0 1.0 1.1 2",
@@ -209,38 +207,47 @@ NETS = {
             nn.Linear(4, 16),
         ),
     ),
-    "one channel": ("2", classifier(conv(16, 1), conv(1))),
-    "cat": ("0 1.0 2", classifier(Net(lambda x, b: torch.cat([x, b(x)], 1), conv()), conv(32))),
-    "LayerNorm": (
-        "0 3.1 3.2",
-        on_tokens(
-            lambda x, n, a, b: b(a(n(x))),
-            nn.LayerNorm(16),
-            nn.Linear(16, 32),
-            nn.Linear(32, 16),
-        ),
+    "one channel": ("0 2", classifier(conv(16, 1), conv(1))),
+    "cat": (
+        "0 1.0 2",
+        classifier(Net(lambda x, b: torch.cat([x, torch.cat([b(x)])], axis=1), conv()), conv(32)),
     ),
-    "GroupNorm": ("2", classifier(nn.GroupNorm(4, 16), conv())),
-    "softmax": ("2", classifier(nn.Softmax(1), conv())),
+    "LayerNorm": (
+        "0 3.1",
+        on_tokens(lambda x, n, a: a(n(x)), nn.LayerNorm(16), nn.Linear(16, 16)),
+    ),
+    # The mean over channels changes, by too little for float32.
+    "mean": ("2", classifier(Net(lambda x: x * (1 + x.mean() / 1e5)), conv())),
     "argmax": ("0.2", nn.Sequential(GATED, Net(lambda x: x.argmax(1)))),
-    "saturated": ("2", GATED, IMAGES * 255),
-    "unused half": ("2", classifier(Net(lambda x: x.chunk(2, 1)[0]), conv(8))),
-    "shuffle": ("2", classifier(nn.ChannelShuffle(2), conv())),
-    "fixed view": ("2", classifier(Net(lambda x: x.view(8, 4, 16, 16)), conv(4))),
-    "size": ("0 1.0 2", block(lambda x, b: b(x).view(x.size()), conv())),
-    "parameter": ("2", block(lambda x, b: x * b.bias[:, None, None], conv())),
+    "fixed view": ("2", classifier(Net(lambda x: x.view(2, 4, 16, 16)), conv(4))),
+    "parameter": ("2", block(lambda x, b: x * F.relu(b.bias)[:, None, None], conv())),
+    "frozen": ("2", classifier(torchvision.ops.FrozenBatchNorm2d(16), conv())),
+    "no statistics": ("2", classifier(nn.BatchNorm2d(16, track_running_stats=False), conv())),
+    # NNI fails in this block, whatever is kept before it.
+    "statistics": (
+        "2",
+        block(lambda x, n: F.batch_norm(x, n.running_mean, n.running_var), nn.BatchNorm2d(16)),
+    ),
     "called twice": ("2", block(lambda x, b: b(b(x)), conv())),
     "tied": ("0", TIED),
     "state": (
         "0",
         on_tokens(lambda x, lstm: lstm(x)[1][0][-1][:, None], nn.LSTM(16, 16, batch_first=True)),
     ),
-    "attention": ("0", on_tokens(lambda x, d: d(x, x, x)[0], nn.MultiheadAttention(16, 2))),
     "positions": ("0", on_tokens(lambda x, e: x + e(torch.arange(64)), nn.Embedding(64, 16))),
     "option": ("0 1", WithOption(*classifier(conv()))),
-    "untraceable": ("2", block(lambda x, b: x if F.relu(b(x)).sum() > 0 else -x, conv())),
-    "for nothing": ("0 1.0 2", block(lambda x, b: (b(x), x)[1], conv())),
-    "one logit": ("0", nn.Sequential(conv(3), end(1))),
+    "untraceable": (
+        "0 2",
+        classifier(
+            nn.Sequential(conv(), Net(lambda x, b: x if b(x).sum() > 0 else -x, conv())), conv()
+        ),
+    ),
+    "one logit": ("0", nn.Sequential(conv(3), end(1)), IMAGES[:1]),
+    "bytes": (
+        "0.0 0.1",
+        Net(lambda x, net: net(x.to(net[0].weight.dtype)), classifier(conv())),
+        (IMAGES * 0 + 255).byte(),
+    ),
     "in place": (
         "1 2",
         Net(
@@ -248,7 +255,7 @@ NETS = {
             nn.Embedding(9, 16),
             *classifier(conv()),
         ),
-        torch.arange(8),
+        torch.arange(2),
         IMAGES,
     ),
     "float32": ("0 1.0 2", block(lambda x, b: b(x.float()), conv())),
@@ -292,14 +299,40 @@ def test_what_the_caller_has_set_does_not_matter_and_stays(context):
     for seed in (1, 2):
         torch.manual_seed(seed)
         before = torch.get_rng_state()
-        with context():
+        with context(), torch.autocast("cpu"):
             compact = script.prune(NETS["cat"][1], L1, 0.5, IMAGES)
             assert not torch.is_grad_enabled()
         assert torch.get_rng_state().equal(before)
+        assert not script.gc.get_freeze_count()
         copies.append(compact.parameters())
     assert all(map(torch.equal, *copies))
     compact(IMAGES).sum().backward()
     assert all(p.grad.any() for p in compact.parameters())
+
+
+def test_what_forward_stores_stays_out_of_the_copy():
+    net = WithOption(*classifier(nn.Dropout(), conv()))  # in training mode
+    seen = net(IMAGES)  # deepcopy refuses it
+    compact = script.prune(net, L1, 0.5, IMAGES)
+    assert net.seen is seen
+    assert compact.seen.equal(seen)
+
+
+def test_one_attempt_finds_all_conflicts(monkeypatch):
+    collections = []
+    monkeypatch.setattr(script.gc, "collect", lambda: collections.append(1))
+    net = classifier(nn.Softmax(1), conv(), nn.Softmax(1), conv())
+    net.append(Net(lambda y: y * float("nan")))  # which equals itself here
+    script.prune(net, L1, 0.5, IMAGES)
+    assert len(collections) == 3  # after NNI and after the conflict; after NNI
+
+
+def test_nni_gets_the_layers_in_the_order_of_the_graph():
+    # Its own order is that of a set of strings, and differs with each PYTHONHASHSEED.
+    names = list("012345678")
+    network = script.trace(classifier(*[conv() for _ in names]), IMAGES, set())
+    configs = script.configs_of(names, network, 0.5)
+    assert [config["op_names"][0] for config in configs] == names
 
 
 @parametrize(("keep", "names"), [("1", "0 2 11"), (["0", "1.1"], "1.0 2 11")])
@@ -309,7 +342,13 @@ def test_keep_names_layers_and_blocks(keep, names):
 
 
 @parametrize(
-    ("name", "words"), [("chain", ""), ("softmax", "stay in 0: "), ("state", "stay in 1: ")]
+    ("name", "words"),
+    [
+        ("chain", ""),
+        ("mean", "stay in 0: "),
+        ("state", "stay in 1, 3.0: "),
+        ("one channel", "stay in 1: "),
+    ],
 )
 def test_what_keeps_its_channels_is_logged(caplog, name, words):
     script.prune(NETS[name][1], L1, 0.5, IMAGES)
@@ -326,9 +365,8 @@ def test_what_keeps_its_channels_is_logged(caplog, name, words):
         ("block", "keep", "block"),
         ("example_input", "example_input", {"x": IMAGES}),
         ("uninitialized|nothing", "model", classifier(nn.LazyConv2d(16, 3))),
-        # torch.fx sees a constant, the copy another one.
-        ("output", "model", block(lambda x, b: b(x) / b.out_channels, conv())),
-        ("relu_", "model", classifier(Net(lambda x: (F.relu_(x), x)[1]), conv())),
+        # torch.fx takes another way than the user.
+        ("output", "model", classifier(Net(lambda x: x * (1 + isinstance(x, torch.Tensor))))),
     ],
 )
 def test_what_cannot_be_pruned_is_one_line(word, argument, value):
@@ -352,7 +390,7 @@ FAMILIES = [pytest.param(*family, marks=pytest.mark.slow) for family in SLOW.ite
 @parametrize(("name", "left"), [("mobilenet_v3_small", 911_224), *FAMILIES])
 def test_networks_of_torchvision_compute_what_they_did_without_the_lost_channels(name, left):
     model = getattr(torchvision.models, name)()
-    compact, _ = pruned_and_checked(model, (torch.rand(8, 3, 64, 64),))
+    compact, _ = pruned_and_checked(model, (torch.rand(2, 3, 64, 64),))
     assert script.count_parameters(compact) == left
 
 
