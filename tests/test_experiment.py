@@ -18,7 +18,6 @@ from test_pruning import pruned_by_hand
 import NNI_Pruning as script
 from conftest import (
     QUICK,
-    REFERENCE,
     SCRIPT,
     SHORT,
     accuracy_of,
@@ -195,15 +194,6 @@ def test_controls_are_as_long_as_they_say_and_start_where_they_say(call, tmp_pat
         for key, value in start.items():
             # NNI makes BatchNorm anew, with a count of batches of 0.
             assert "num_batches" in key or value.equal(weights[key]), row["name"]
-
-
-@pytest.mark.parametrize(("pruner", "sparsity"), [*product(script.PRUNERS, script.SPARSITIES)])
-def test_the_plain_lines_of_nni_and_prune_make_the_same_model(pruner, sparsity):
-    models = [script.load_model(REFERENCE / "baseline.pth") for _ in range(2)]
-    plain = script.prune_cnn(models[0], pruner, sparsity).state_dict()
-    general = script.prune(models[1], pruner, sparsity, torch.rand(8, 1, 28, 28)).state_dict()
-    for key, value in plain.items():
-        assert "num_batches" in key or value.equal(general[key])
 
 
 # --------------------------------------------------------------------- devices and threads

@@ -4,7 +4,6 @@ import re
 import shutil
 
 import pandas as pd
-import pytest
 from test_pruning import SLOW
 
 import NNI_Pruning as script
@@ -31,8 +30,10 @@ def test_code_runs_as_it_stands(data_dir, tmp_path, monkeypatch, capsys):
     names = {}
     for snippet in SNIPPETS:
         exec(compile(snippet, "README.md", "exec"), names)
-    *shapes, digit = capsys.readouterr().out.splitlines()
-    assert shapes == ["torch.Size([8, 1000])", "torch.Size([2, 1000])"]
+    lines = capsys.readouterr().out.splitlines()
+    again, exported, layer, digit = [line for line in lines if line != "0 Filter"]  # NNI's
+    assert (again, exported) == ("torch.Size([2, 1000])", "torch.Size([5, 1000])")
+    assert layer.startswith("Conv2d(1, 16, ")
     *_, test_labels = read_mnist(data_dir)
     if len(test_labels) == 10_000:
         assert digit == str(int(test_labels[0]))
@@ -47,20 +48,20 @@ def test_the_first_table_is_that_of_seed_0_of_the_reference_run():
         assert f" {row['parameters']:,} " in line
 
 
-@pytest.mark.parametrize("path", sorted(REFERENCE.glob("*.csv")), ids=lambda path: path.stem)
-def test_reference_tables_and_the_readmes_means_are_those_of_the_runs(path):
-    frame = script.read_results([path])
-    assert script.report(frame) in (REFERENCE / "README.md").read_text(encoding="utf-8")
-    if path.stem in ("bfloat16", "float32"):
+def test_reference_tables_and_the_readmes_means_are_those_of_the_runs():
+    reports = (REFERENCE / "README.md").read_text(encoding="utf-8")
+    means = {}
+    for path in REFERENCE.glob("*.csv"):
+        frame = script.read_results([path])
+        assert script.report(frame) in reports
         wrong = (100 - frame["accuracy"]) / 100 * frame["test_images"]
-        means = wrong.groupby(frame["name"], sort=False).mean()
-        cells = [f"{means[name]:.1f}" for name in means.index if "scratch" not in name]
-        row = next(line for line in README.splitlines() if line.startswith(f"| {path.stem} "))
-        assert [cell.strip() for cell in row.split("|")[2:-1]] == cells
+        means[path.stem] = wrong.groupby(frame["name"]).mean()
+    for name in means["bfloat16"].index:
+        numbers = [f"{means[run][name]:.1f}" for run in ("bfloat16", "float32", "avx2")]
+        assert " / ".join(numbers) in README, name
 
 
 def test_the_table_of_networks_is_that_of_the_tests():
-    rows = re.findall(r"^\| (\w+) \| [\d,]+ \| ([\d,]+) \| [\d.]+ \|$", README, re.MULTILINE)
-    assert {name: int(left.replace(",", "")) for name, left in rows} == SLOW | {
-        "mobilenet_v3_small": 911_224
-    }
+    rows = re.findall(r"^\| (\w+) \| [\d,]+ \| ([\d,]+) \| .* ms \|", README, re.MULTILINE)
+    assert len(rows) == 4
+    assert {name: int(left.replace(",", "")) for name, left in rows}.items() <= SLOW.items()
