@@ -27,9 +27,8 @@ def test_code_runs_as_it_stands(data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(REFERENCE, tmp_path / "checkpoints" / "reference")
     shutil.copytree(data_dir, tmp_path / "data")
-    names = {}
     for snippet in SNIPPETS:
-        exec(compile(snippet, "README.md", "exec"), names)
+        exec(compile(snippet, "README.md", "exec"), {})
     lines = capsys.readouterr().out.splitlines()
     again, exported, layer, digit = [line for line in lines if line != "0 Filter"]  # NNI's
     assert (again, exported) == ("torch.Size([2, 1000])", "torch.Size([5, 1000])")
