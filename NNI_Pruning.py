@@ -1049,6 +1049,8 @@ def layers_before(node):
     """The names of the Conv2d and Linear layers whose output channels reach a node."""
     seen = set()
     waiting = [node]
+    if node.op == "call_module":  # all calls of the layer
+        waiting = node.graph.find_nodes(op=node.op, target=node.target)
     while waiting:
         for source in set(waiting.pop().all_input_nodes) - seen:
             seen.add(source)

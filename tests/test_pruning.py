@@ -232,6 +232,7 @@ NETS = {
         block(lambda x, n: F.batch_norm(x, n.running_mean, n.running_var), nn.BatchNorm2d(16)),
     ),
     "called twice": ("2", block(lambda x, b: b(b(x)), conv())),
+    "on two levels": ("1.1 2", block(lambda x, a, b: b(a(x)) + b(x), conv(), conv())),
     "tied": ("0", TIED),
     "state": (
         "0",
