@@ -96,7 +96,7 @@ def parse_options(arguments: list[str], is_trial: bool) -> argparse.Namespace:
     option("--finetune-epochs", type=count, help="of each pruned model; None means --epochs")
     option("--batch-size", type=count, help=f"in images; None means {BATCH_SIZE}")
     option("--lr", type=number_between(float, 0, math.inf), default=LEARNING_RATE, help="peak rate")
-    option("--sparsity", type=sparsity, nargs="+", default=SPARSITIES, help="shares to remove")
+    option("--sparsity", type=sparsity, nargs="+", default=SPARSITIES, help="channels to remove")
     option("--pruner", nargs="+", choices=PRUNERS, default=PRUNERS, help="pruners to compare")
     option("--subset", type=count, help="train on so many images, test on a sixth as many")
     option("--seeds", "--seed", type=seed, nargs="+", default=[0], help="one run for each")
