@@ -704,14 +704,18 @@ def trial_options() -> list[str]:
     return [f"--{name.replace('_', '-')}={value}" for name, value in parameters.items()]
 
 
-def row_of_baseline(path: Path, settings: dict) -> dict:
-    """The row of a saved baseline. Raises ExperimentError if it was trained on other images."""
-    _, row = load_checkpoint(path)
+def row_of_baseline(path: Path, settings: dict, testing) -> dict:
+    """The row of a saved baseline, evaluated here.
+
+    Raises ExperimentError if it was trained on other images.
+    """
+    model, row = load_checkpoint(path)
     expected = {**settings, "name": "baseline"}
     for key in ("name", *DATA):
         if row.get(key) != expected[key]:
             raise ExperimentError(f"{path} does not fit: its {key} is not {expected[key]}")
-    return row
+    model.to(testing[0].device, memory_format=torch.channels_last)  # as the other models
+    return {**row, **evaluate(model, *testing), "kind": "given"}
 
 
 def train_evaluate_save(model: CNN, row: dict, path: Path, training, testing, after_epoch) -> dict:
@@ -778,7 +782,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         "versions": f"torch {torch.__version__}, NNI {version('nni')}",
     }
     if args.baseline:
-        given_row = row_of_baseline(args.baseline, settings)
+        given_row = row_of_baseline(args.baseline, settings, testing)
         epochs = settings["baseline_epochs"] = given_row["epochs"]
     results = folder / "results.csv"
     rows = []
@@ -801,9 +805,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         # 1. Train the baseline and save it, unless one is given.
         if args.baseline:
             path = args.baseline
-            model = load_model(path).to(device, memory_format=torch.channels_last)
-            measured = evaluate(model, *testing)
-            rows.append({**settings, **given_row, **measured, "kind": "given", "seed": seed})
+            rows.append({**given_row, "seed": seed})
         else:
             torch.manual_seed(seed)
             path = finish(CNN(), "baseline", "baseline", seed, epochs)
@@ -1120,8 +1122,7 @@ def run_nni(model, pruner, sparsity, example_input, kept, opaque):
     speedup_class = type("Speedup", (Workarounds, tools.ModelSpeedup), {})
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # NNI prints
-            # ModelSpeedup's own tracer fails on torch >= 2.2 ('NoneType' object has no attribute
-            # 'startswith', NNI issue 5768). It accepts a graph from torch.fx instead.
+            # The graph is from torch.fx, for the reason that `prune_cnn` gives.
             nni_logger = logging.getLogger("nni")  # silent
             speedup = speedup_class(network, inputs, {}, graph_module=network, logger=nni_logger)
             speedup.batch_size = max(2, len(inputs[0]))
