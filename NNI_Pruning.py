@@ -20,7 +20,6 @@ import ast
 import contextlib
 import copy
 import ctypes
-import gc
 import io
 import logging
 import math
@@ -28,9 +27,10 @@ import os
 import socket
 import sys
 import timeit
-import traceback
 import warnings
 from collections import Counter
+from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from itertools import combinations, product
 from pathlib import Path
@@ -38,7 +38,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter, Tracer
+from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -845,77 +846,107 @@ def main(argv: list[str] | None = None) -> list[dict]:
 
 
 # --------------------------------------------------------------------------- own networks
-PRUNABLE = (nn.Conv2d, nn.Linear)
-CHANNELWISE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.InstanceNorm2d, nn.PReLU)  # channel by channel
-NARROWABLE = (*PRUNABLE, nn.Conv1d, nn.ConvTranspose2d, *CHANNELWISE)  # all that NNI makes narrower
-
-
-class Conflict(Exception):
-    """What does not work with fewer channels. Argument: a list of nodes, each with a reason."""
+CONVOLUTION = nn.modules.conv._ConvNd  # transposed ones too
+NORM = nn.modules.batchnorm._NormBase  # BatchNorm and InstanceNorm
+STATE = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}  # of all these
+# What tells Python a number that is in a tensor, such as the condition of an `if`.
+QUESTIONS = set(
+    "__bool__ __int__ __float__ __complex__ __index__ __contains__ __array__"
+    " item tolist numpy equal allclose is_nonzero".split()
+)
 
 
 def prune(model: nn.Module, pruner: str, sparsity: float, example_input, keep=()) -> nn.Module:
     """Return a copy of a network with fewer channels.
 
     L1NormPruner removes the filters of smallest L1 norm (Li et al. 2017), FPGMPruner those nearest
-    to the geometric median of their layer (He et al. 2019). See NNI's "Pruning Quick Start".
+    to the geometric median of their layer (He et al. 2019). Layers whose outputs are added lose the
+    same channels. For NNI's pruner, their filters of one channel are one long filter: L1NormPruner
+    adds up their norms, FPGMPruner compares the long filters.
 
-    The copy computes what `model` computes with zeros for the removed channels: `prune` compares
-    the two at the output of every layer, in float64 and on random numbers. Where they differ, or
-    where NNI fails, the layers before that place keep their channels, or else the block around it
-    does. A warning of the logger "NNI_Pruning" tells why. The output's layers always keep theirs.
-    The copy is on the CPU and in eval mode, its parameters are new: make the optimizer for its
-    fine-tuning afterwards. A head that only training uses may not fit it.
+    The copy lacks exactly the channels that NNI's pruner chose. It computes what `model` computes
+    with zeros for them: `prune` compares the two at every call of a layer and at the output, in
+    float64 and on random numbers. Where they would differ, layers keep their channels, and a
+    warning of the logger "NNI_Pruning" tells why. The output's layers always keep theirs. What the
+    network does with inputs of other sizes, or only in training, cannot be seen.
+
+    The copy is on the CPU and in eval mode. Make the optimizer for its fine-tuning afterwards. Do
+    not prune in two threads at once: torch's default dtype changes for a while.
 
     Args:
-        model: a network that torch.fx can trace; blocks that it cannot trace stay as they are. Its
-            Conv2d and Linear layers are pruned; summed ones lose the same channels.
+        model: a network. Its convolutions and Linear layers are pruned.
         pruner: a name from PRUNERS.
         sparsity: the share of each layer's channels to remove; between 0 and 1, both excluded.
         example_input: a batch of two, as a tensor, or a tuple of tensors for several inputs. Time
             and memory grow with the batch and the area of images: take the smallest that fit.
-        keep: names of more Conv2d or Linear layers, or blocks of them, that keep their channels.
+        keep: names of more layers, or blocks of them, that keep their channels.
 
     Raises ExperimentError if an argument is wrong, or if the network cannot be pruned.
     """
     if pruner not in PRUNERS or not 0 < sparsity < 1:
         raise ExperimentError(f"pruner must be in {PRUNERS}, and sparsity between 0 and 1")
-    kept = set()  # names of layers
-    opaque = set()  # names of blocks that stay as they are; each is one node of the graph
+    example = (example_input,) if isinstance(example_input, Tensor) else example_input
+    if not isinstance(example, tuple) or not all(isinstance(value, Tensor) for value in example):
+        raise ExperimentError(
+            "example_input must be a tensor or a tuple of tensors; of a network that takes lists or"
+            " dicts, prune a part that takes tensors (model.backbone, say) and put it back"
+        )
+    stays = dict.fromkeys(names_below(model, keep), "")  # layers that keep their channels, and why
+    with settings_for_pruning():
+        runs = record(model, example)
+        reach = explore(runs, stays)
+        groups = groups_of(runs, reach, stays)
+        chosen = choose(model, runs, reach, groups, stays, pruner, float(sparsity))
+        while chosen:
+            compact, conflicts = cut_and_compare(model, runs, chosen, example)
+            if not conflicts:
+                break
+            for name, reason in blamed(conflicts, runs, reach, chosen).items():
+                for member in groups[name]:
+                    chosen.pop(member, None)
+                    stays.setdefault(member, reason)
+    lines = warnings_about(model, runs, stays)
+    if not chosen:
+        raise ExperimentError(f"nothing can be pruned. {next(iter(lines), '')}")
+    for line in lines:
+        logging.getLogger("NNI_Pruning").warning(line)
+    return compact
+
+
+def names_below(model, keep):
+    """The names of these modules, and of all modules inside them."""
+    names = []
     for name in [keep] if isinstance(keep, str) else keep or ():
         try:
-            kept.update(dict(model.get_submodule(name).named_modules(prefix=name)))
+            names += dict(model.get_submodule(name).named_modules(prefix=name))
         except AttributeError as error:
             raise ExperimentError(f"keep names {name}, which the network lacks") from error
-    # NNI needs gradients, and draws random numbers. What the caller has set stays as it is.
-    with (
-        torch.inference_mode(False),
-        torch.autocast("cpu", enabled=False),
-        torch.random.fork_rng(devices=[]),
-        contextlib.ExitStack() as at_the_end,
-    ):
-        torch.default_generator.manual_seed(0)
-        at_the_end.callback(torch.set_default_dtype, torch.get_default_dtype())
-        at_the_end.callback(gc.unfreeze)
-        gc.freeze()  # else each collection of garbage goes through all modules: 0.2 s
-        dtype = dtype_to_compare_in(model, example_input)
-        while True:
-            try:
-                narrower, channels = run_nni(model, pruner, sparsity, example_input, kept, opaque)
-                gc.collect()  # what NNI leaves is in reference cycles
-                compact = with_layers(model, narrower)
-                torch.set_default_dtype(dtype)
-                compare(model, compact, channels, example_input, opaque)
-                break
-            except Conflict as conflict:
-                keep_more(conflict, kept, opaque)
-            gc.collect()
-    if not narrower:
-        raise ExperimentError("no channel was removed: sparsity is too low, or keep too long")
-    for name, layer in model.named_modules():
-        if type(layer) in PRUNABLE and len(layer.weight) == len(compact.get_submodule(name).weight):
-            keep_channels(kept, {name}, "NNI removes none there")
-    return compact
+    return names
+
+
+@contextlib.contextmanager
+def settings_for_pruning():
+    """No gradients, no mixed precision, all on the CPU. What the caller has set comes back."""
+    dtype = torch.get_default_dtype()
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    nni_logger = logging.getLogger("nni")
+    level = nni_logger.level
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.random.fork_rng(devices=[]),
+            torch.compiler.set_stance("force_eager"),  # compiled code calls no layers
+            torch.device("cpu"),
+            warnings.catch_warnings(),
+        ):
+            torch.backends.mha.set_fastpath_enabled(False)  # nor does this
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        nni_logger.setLevel(level)
 
 
 def copy_of(model):
@@ -925,294 +956,632 @@ def copy_of(model):
         for value in tree_leaves([vars(module) for module in model.modules()])
         if isinstance(value, Tensor) and not value.is_leaf
     }
-    return copy.deepcopy(model, memo).cpu().eval()
+    try:
+        return copy.deepcopy(model, memo).cpu().eval()
+    except Exception as error:  # the network's own code can raise anything
+        raise ExperimentError(f"the network cannot be copied: {one_line(error)}") from error
 
 
-def working_copy(model):
+def working_copy(model, dtype):
     network = copy_of(model)  # network.to(dtype) would make complex numbers real
-    return network.double() if torch.get_default_dtype() == torch.float64 else network.float()
+    return network.double() if dtype == torch.float64 else network.float()
 
 
-def random_inputs(example_input):
+def random_inputs(example, dtype):
     """The same random numbers at each call, in the example's shapes. Whole numbers stay."""
     generator = torch.Generator().manual_seed(0)
     inputs = []
-    for value in [example_input] if isinstance(example_input, Tensor) else example_input:
-        numbers = value.cpu().clone()
+    for value in example:
+        numbers = value.detach().cpu().clone()
         if value.is_floating_point():
-            numbers = torch.rand(value.shape, generator=generator)
-        elif value.dtype == torch.uint8:  # an image; NNI fails if there is a 255
-            numbers.random_(255, generator=generator)
+            numbers = torch.rand(value.shape, generator=generator, dtype=dtype)
+        elif value.dtype == torch.uint8:  # an image
+            numbers.random_(256, generator=generator)
         inputs.append(numbers)
     return inputs
 
 
-@torch.no_grad()
-def dtype_to_compare_in(model, example_input):
-    for dtype in (torch.float64, torch.float32):  # some networks ask for float32 in their own code
-        torch.set_default_dtype(dtype)
+def compute(network, inputs, dtype):
+    """The network's output, with `dtype` for what it creates itself."""
+    torch.set_default_dtype(dtype)
+    torch.default_generator.manual_seed(0)
+    return network(*(value.clone() for value in inputs))
+
+
+def leaves(value):
+    """The tensors in nested tuples, lists and dicts."""
+    return [part for part in tree_leaves(value) if isinstance(part, Tensor)]
+
+
+def tensors_of(value):
+    """The tensors in an object of any class."""
+    memo = {}
+    copy.deepcopy(value, memo)
+    return [part for part in memo.values() if isinstance(part, Tensor)]
+
+
+def versions_of(value):
+    """Numbers that grow when the tensors change in place."""
+    return [part._version for part in leaves(value)]
+
+
+def can_be_nan(value):
+    return value.is_floating_point() or value.is_complex()
+
+
+# Layers
+
+
+def layers_of(network):
+    """The layers that can be made narrower, by name: all their tensors are theirs alone."""
+    modules = [*network.modules()]
+    uses = Counter(id(value) for module in modules for value in module._parameters.values())
+    layers = {}
+    for name, module in network.named_modules():
+        if isinstance(module, (CONVOLUTION, nn.Linear, NORM, nn.PReLU)):
+            is_plain = module.state_dict().keys() <= STATE and outputs_of(module) > 0
+            is_shared = any(uses[id(value)] > 1 for value in module.parameters())
+            has_one_for_all = isinstance(module, nn.PReLU) and module.num_parameters == 1
+            if is_plain and not is_shared and not has_one_for_all:
+                layers[name] = module
+    return layers
+
+
+def outputs_of(layer):
+    names = ("out_channels", "out_features", "num_features", "num_parameters")
+    return next(getattr(layer, name) for name in names if hasattr(layer, name))
+
+
+def is_depthwise(layer):
+    return isinstance(layer, CONVOLUTION) and layer.groups == layer.in_channels > 1
+
+
+def is_channelwise(layer):
+    """Whether each output channel depends on one input channel alone."""
+    return is_depthwise(layer) or not isinstance(layer, (CONVOLUTION, nn.Linear))
+
+
+def channel_axis(layer):
+    if isinstance(layer, nn.Linear):
+        return -1
+    return -1 - len(layer.kernel_size) if isinstance(layer, CONVOLUTION) else 1
+
+
+def outputs_behind(layer, inputs):
+    """The output channels of a channelwise layer to which these input channels lead, as indices."""
+    if not is_depthwise(layer):
+        return inputs
+    times = layer.out_channels // layer.in_channels
+    return (inputs[:, None] * times + torch.arange(times)).flatten()
+
+
+def first_argument(args, kwargs):
+    return next(iter((*args, *kwargs.values())))
+
+
+# What depends on what
+
+
+@dataclass
+class Event:
+    """A call of a module in the first run, or an answer that the network got from a tensor."""
+
+    name: str
+    output: object = None
+    end: int = 0  # the number of the next event that is not inside this call
+    copied: Tensor | None = None  # the output of a layer, as it was returned
+    versions: list = ()  # of the output's tensors, when they were returned
+    is_unchanged: bool = False  # since then
+
+
+@dataclass
+class Run:
+    """What one run with NaN shows."""
+
+    filled: dict  # by layer: the output channels that are NaN, as indices
+    skips: bool  # blocks without NaN are not run
+    position: int = 0  # the number of the next event
+    reached: dict = field(default_factory=dict)  # by layer: a mask of the inputs that are NaN
+    unclear: set = field(default_factory=set)  # layers with inputs that are NaN only in part
+    obstacle: str | None = None  # why the filled channels have to stay; "" is the output
+
+
+class NaNRuns(TorchFunctionMode):
+    """Runs a network with NaN in some channels: what becomes NaN depends on them.
+
+    The first run, without NaN, records what each module returns. In later runs, layers return what
+    is recorded: NaN ends at convolutions and Linear layers, and passes through channelwise layers.
+    All else runs as it does for the network's user. Answers that the network gets from a tensor are
+    those of the first run.
+    """
+
+    def __init__(self, network, inputs, dtype):
+        super().__init__()
+        self.network, self.inputs, self.dtype = network, inputs, dtype
+        self.layers = layers_of(network)
+        self.events = []
+        self.used = set()  # ids of the parameters that functions get
+        self.now = None  # the present Run
+        self.is_own = False  # the functions that are called are not the network's, but ours
+        for name, module in network.named_modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                module.forward = partial(self.call, name, module.forward)
+        with self:
+            compute(network, inputs, dtype)
+        for event in self.events:
+            is_plain = isinstance(event.output, (Tensor, tuple))
+            event.is_unchanged = is_plain and event.versions == versions_of(event.output)
+            if event.copied is not None and not event.is_unchanged:
+                event.output = event.copied
+            event.copied = None
+        self.order = [event.name for event in self.events if event.name in self.layers]
+        self.calls = {name: [] for name in self.order}
+        for number, event in enumerate(self.events):
+            if event.name in self.calls:
+                self.calls[event.name].append(number)
+        self.clean = {
+            id(value)
+            for event in self.events
+            if event.is_unchanged
+            for value in leaves(event.output)
+        }
+
+    def run(self, filled, skips=True) -> Run:
+        """Run the network with NaN in these output channels of these layers."""
+        now = self.now = Run(filled, skips)
+        self.is_own = False
         try:
-            working_copy(model)(*random_inputs(example_input))
-            return dtype
+            with self:
+                output = compute(self.network, self.inputs, self.dtype)
+            if any(map(self.is_of_nan, tensors_of(output))):
+                now.obstacle = ""
+        except Exception as error:  # the network's own code can raise anything
+            now.obstacle = f"with NaN in them, the network fails: {one_line(error)}"
+        return now
+
+    def fixed_inputs(self):
+        """By layer: a mask of the inputs that depend, channel for channel, on what cannot be cut.
+
+        That are the network's inputs and all parameters and buffers that are used by other code
+        than that of their layers. NaN in the first number of each reaches one of many channels. If
+        it reaches all that the others reach, the tensor is the same for all channels.
+        """
+        tensors = [*self.network.parameters(), *self.network.buffers(), *self.inputs]
+        tensors = [value for value in tensors if can_be_nan(value) and value.numel() > 1]
+        before = [value.data for value in tensors]
+        for value in tensors:
+            value.data = value.data.clone()
+            value.data[(0,) * value.dim()] = math.nan
+        first = self.run({}, skips=False).reached
+        for value in tensors:
+            value.data = torch.full((), math.nan, dtype=value.dtype).expand(value.shape)
+        reached = self.run({}, skips=False).reached
+        for value, data in zip(tensors, before):
+            value.data = data
+        none = torch.tensor(False)  # where the network fails on NaN
+        return {name: reached.get(name, none) & ~first.get(name, none) for name in self.order}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if self.is_own:
+            return function(*args, **kwargs)
+        if function.__name__ in QUESTIONS:
+            return self.answer(function, args, kwargs)
+        result = function(*args, **kwargs)
+        if self.now is None:
+            self.used.update(map(id, leaves((args, kwargs))))
+            return result
+        for value in leaves(result):
+            if not can_be_nan(value) and any(map(self.is_of_nan, leaves((args, kwargs)))):
+                value.is_made_of_nan = True
+        return result
+
+    def answer(self, function, args, kwargs):
+        name = f"answer of {function.__name__}"
+        if self.now is None:
+            self.events.append(Event(name, function(*args, **kwargs)))
+            return self.events[-1].output
+        if any(map(self.is_of_nan, leaves((args, kwargs)))):
+            self.now.obstacle = "the network asks for their numbers"
+        return self.next_event(name).output
+
+    def call(self, name, forward, *args, **kwargs):
+        """What a module does instead of its `forward`."""
+        if self.now is None:
+            return self.record(name, forward, args, kwargs)
+        event = self.next_event(name)
+        self.is_own = True
+        is_answered = name in self.layers or self.can_skip(event, args, kwargs)
+        output = event.output
+        if name in self.layers:
+            output = self.output_of_layer(event, first_argument(args, kwargs))
+        self.is_own = False
+        if not is_answered:
+            return forward(*args, **kwargs)
+        self.now.position = event.end
+        return output
+
+    def record(self, name, forward, args, kwargs):
+        event = Event(name)
+        self.events.append(event)
+        output = event.output = forward(*args, **kwargs)
+        event.end = len(self.events)
+        event.versions = versions_of(output)
+        if name in self.layers:
+            layer = self.layers[name]
+            if output.shape[channel_axis(layer)] == outputs_of(layer):
+                event.copied = output.clone()
+            else:  # of a derived class that returns something else
+                del self.layers[name]
+        return output
+
+    def next_event(self, name):
+        event = self.events[self.now.position]
+        self.now.position += 1
+        if event.name != name:
+            raise RuntimeError("the network takes another way")
+        return event
+
+    def can_skip(self, event, args, kwargs):
+        """Whether a block can return what is recorded: neither it nor its arguments are NaN."""
+        if not self.now.skips or not event.is_unchanged:
+            return False
+        inside = range(self.now.position, event.end)
+        is_filled = any(number in inside for name in self.now.filled for number in self.calls[name])
+        return not is_filled and not any(map(self.is_of_nan, leaves((args, kwargs))))
+
+    def output_of_layer(self, event, value):
+        """The recorded output, with NaN in the filled channels and in those of NaN inputs."""
+        layer, now = self.layers[event.name], self.now
+        axis = channel_axis(layer)
+        is_nan = torch.zeros(value.shape[axis], dtype=torch.bool)
+        if self.is_of_nan(value):
+            channels = value.movedim(axis, 0).flatten(1)
+            is_nan = channels.isnan().any(1)
+            in_part = is_nan & ~channels.isnan().all(1)
+            if channels[in_part].nan_to_num(0).any():
+                now.unclear.add(event.name)
+        before = now.reached.setdefault(event.name, is_nan)
+        if not before.equal(is_nan):  # another call
+            now.unclear.add(event.name)
+            now.reached[event.name] = before | is_nan
+        nan_outputs = now.filled.get(event.name, torch.arange(0))
+        if is_channelwise(layer):
+            nan_outputs = outputs_behind(layer, is_nan.nonzero().flatten())
+        if len(nan_outputs):
+            return event.output.clone().index_fill_(axis, nan_outputs, math.nan)
+        return event.output if event.is_unchanged else event.output.clone()
+
+    def is_of_nan(self, value):
+        """Whether a tensor has a NaN, or is a truth value or a whole number made of one."""
+        if not can_be_nan(value):
+            return hasattr(value, "is_made_of_nan")
+        is_known = self.now.skips and id(value) in self.clean
+        return not is_known and bool(value.sum().isnan() and value.isnan().any())
+
+
+def record(model, example):
+    """Run a copy of the network for the first time: in float32, or in float64 if it needs that."""
+    for name, value in model.named_parameters():
+        if is_lazy(value):
+            raise ExperimentError(f"{name} is uninitialized: run the network once before")
+    for dtype in (torch.float32, torch.float64):
+        network = working_copy(model, dtype)
+        try:
+            return NaNRuns(network, random_inputs(example, dtype), dtype)
         except Exception as error:  # the network's own code can raise anything
             failure = error
     raise ExperimentError(f"example_input does not fit: {one_line(failure)}") from failure
 
 
-class BlockTracer(Tracer):
-    """Makes the blocks in `opaque` single nodes."""
+def explore(runs, stays):
+    """For each layer, which inputs of the layers behind depend on its output channels.
 
-    def create_args_for_root(self, root_fn, is_module, inputs):
-        # Arguments of forward that the user does not pass have their default values.
-        names = [f"input_{number}" for number in range(len(inputs))]
-        return root_fn, [self.root, *(self.create_proxy("placeholder", n, (), {}) for n in names)]
-
-    def is_leaf_module(self, module, name):
-        return name in self.opaque or super().is_leaf_module(module, name)
-
-
-@torch.no_grad()
-def trace(model, example_input, opaque):
-    """A copy of the network as a graph of torch.fx. Blocks that it cannot trace become opaque."""
-    while True:
-        network = working_copy(model)  # a new one: what `forward` writes to it is a Proxy
-        tracer = BlockTracer()
-        tracer.opaque = opaque
-        try:  # after an error, module_stack has the blocks in which it was
-            network = GraphModule(network, tracer.trace(network, random_inputs(example_input)))
-            break
-        except Exception as error:  # the network's own code can raise anything
-            add_block(opaque, tracer.module_stack, f"torch.fx fails: {one_line(error)}", error)
-    for node in network.graph.nodes:  # NNI reads some arguments by their positions
-        default = [0] if node.target in (torch.cat, torch.concat, torch.stack) else []
-        if default or type(layer_of(node)) in NARROWABLE:
-            node.args = (*node.args, *node.kwargs.values(), *default)[:2]
-            node.kwargs = {}
-    return network
-
-
-def add_block(opaque, module_stack, reason, error):
-    """Make the smallest of these blocks opaque that is not yet. Returns its name."""
-    names = [name for name, _ in module_stack.values() if name not in opaque]
-    if not names:
-        raise ExperimentError(f"the network cannot be pruned: {reason}") from error
-    opaque.add(names[-1])
-    return names[-1]
+    Returns, by layer and by layer behind it, a label for each input: 1 if it depends on the first
+    half of the channels, 2 if on the second, 3 if on both. Adds to `stays`.
+    """
+    fixed = runs.fixed_inputs()
+    for name in runs.order:
+        if name in stays and is_channelwise(runs.layers[name]):
+            fixed[name] = torch.tensor(True)
+    reach = {}
+    for name in dict.fromkeys(runs.order):
+        channels = outputs_of(runs.layers[name])
+        if is_channelwise(runs.layers[name]) or channels == 1:
+            continue
+        reach[name] = {}
+        for label, half in enumerate(torch.arange(channels).tensor_split(2), start=1):
+            run = runs.run({name: half})
+            if run.obstacle is not None:
+                stays.setdefault(name, run.obstacle)
+            for reader, mask in run.reached.items():
+                if mask.any():
+                    reach[name][reader] = reach[name].get(reader, 0) + label * mask
+        for reader, labels in reach[name].items():
+            if is_mixed(labels):
+                stays.setdefault(name, f"inputs of {reader} depend on many of them")
+            if (fixed[reader] & (labels > 0)).any():
+                stays.setdefault(name, f"before {reader}, they meet what has a fixed size")
+    return reach
 
 
-def layer_of(node):
-    """The module that a node calls, if it has parameters or buffers."""
-    if node.op == "call_module":
-        module = node.graph.owning_module.get_submodule(node.target)
-        if module.state_dict():
-            return module
-    return None
+def is_mixed(labels):
+    return labels.max() == 3
 
 
-def keep_channels(kept, names, reason):
-    new = ", ".join(sorted(names - kept))
-    if new:
-        logging.getLogger("NNI_Pruning").warning(f"All channels stay in {new}: {reason}")
-    kept.update(names)
+def groups_of(runs, reach, stays):
+    """Layers that lose the same channels, because these meet at the same inputs of a layer.
+
+    Returns the names of each layer's group, by layer. Adds to `stays`.
+    """
+    groups = {name: [name] for name in reach}
+    names = [*reach]
+    met = {}  # by layer behind: the labels of its inputs so far, and the layer that gave them
+    for number, name in enumerate(names):
+        for reader, labels in reach[name].items():
+            if is_mixed(labels):  # this layer stays, and those stay free that it multiplies, say
+                continue
+            seen, givers = met.setdefault(reader, (labels * 0, labels * 0))
+            shared = (labels > 0) & (seen > 0)
+            for other in givers[shared].unique():
+                joined = groups[name] + groups[names[other]]
+                if groups[name] is not groups[names[other]]:
+                    groups.update(dict.fromkeys(joined, joined))
+            if (labels != seen)[shared].any():
+                stays.setdefault(name, f"before {reader}, they meet channels in another order")
+            seen[labels > 0] = labels[labels > 0]
+            givers[labels > 0] = number
+    for group in groups.values():
+        if len({outputs_of(runs.layers[name]) for name in group}) > 1:
+            stays.setdefault(group[0], "they meet fewer channels, or more")
+        for reason in [stays[name] for name in group if name in stays]:
+            stays.update({name: stays.get(name, reason) for name in group})
+    return groups
 
 
-def layers_to_prune(graph, model, kept):
-    """The names of the layers that may lose channels. Adds to `kept` those that may not."""
-    kept.update(layers_before(graph.output_node()))
-    uses = Counter(value for _, value in model.named_parameters(remove_duplicate=False))
-    for node in graph.nodes:
-        layer = layer_of(node)
-        if layer is not None:
-            parameters = model.get_submodule(node.target).parameters()
-            if type(layer) not in NARROWABLE or any(uses[value] > 1 for value in parameters):
-                reason = f"NNI does not prune {type(layer).__name__}, or what shares parameters"
-                keep_channels(kept, {node.target, *layers_before(node)}, reason)
-    names = [
-        node.target
-        for node in graph.nodes
-        if type(layer_of(node)) in PRUNABLE and node.target not in kept
-    ]
-    if names:
-        return names
-    raise ExperimentError("nothing can be pruned: no layer may lose channels")
+def blocks_of(runs, name, readers):
+    """How many blocks of a layer's channels have to lose equally many; 0 if that is impossible.
+
+    A block is what a group of a convolution computes or reads, or what a chunk leaves.
+    """
+    layer = runs.layers[name]
+    channels = outputs_of(layer)
+    sizes = [channels // getattr(layer, "groups", 1)]
+    for reader, labels in readers.items():
+        sizes.append(min(channels, int((labels > 0).sum())))
+        behind = runs.layers[reader]
+        if isinstance(behind, CONVOLUTION) and not is_depthwise(behind):
+            sizes.append(min(channels, behind.in_channels // behind.groups))
+    if any(channels % size for size in sizes):
+        return 0
+    return math.lcm(*(channels // size for size in sizes))
 
 
-def keep_more(conflict, kept, opaque):
-    """For each node: keep the layers before it, or else itself, or else the block around it."""
-    before = set(kept)
-    for node, reason in conflict.args[0]:
-        more = layers_before(node) - before
-        if not more:
-            more = {add_block(opaque, node.meta.get("nn_module_stack", {}), reason, conflict)}
-        keep_channels(kept, more, reason)
-
-
-def layers_before(node):
-    """The names of the Conv2d and Linear layers whose output channels reach a node."""
-    seen = set()
-    waiting = [node]
-    if node.op == "call_module":  # all calls of the layer
-        waiting = node.graph.find_nodes(op=node.op, target=node.target)
-    while waiting:
-        for source in set(waiting.pop().all_input_nodes) - seen:
-            seen.add(source)
-            if layer_of(source) is None or isinstance(layer_of(source), CHANNELWISE):
-                waiting.append(source)
-    return {source.target for source in seen if type(layer_of(source)) in PRUNABLE}
-
-
-class Workarounds:
-    """Methods that replace those of NNI's ModelSpeedup, or go before them."""
-
-    def tensor_propagate_check(self, value):
-        """NNI's refuses a single logit."""
-        return value.numel() % self.batch_size == 0
-
-    def fix_mask_conflict(self):
-        """NNI's fails on a product of 16 channels and one. What it leaves, `compare` finds."""
-        with contextlib.suppress(AssertionError):
-            super().fix_mask_conflict()
-
-    def indirect_backward(self, value, mask):
-        """NNI's fails on several outputs of a layer. Its gradients of 1 cancel out in softmax."""
-        if mask is not None and value.requires_grad:
-            value.backward(mask * torch.rand_like(value), retain_graph=True)
-
-    def initialize_propagate(self, inputs):
-        """NNI takes a parameter of equal numbers, such as the zeros of a new layer, for unused."""
-        super().initialize_propagate(inputs)
-        for parameter in self.graph_module.parameters():
-            parameter.grad = torch.zeros_like(parameter)  # also where no gradient arrives
-            if parameter.min() == parameter.max():
-                parameter.data.uniform_()  # NNI restores all parameters afterwards
-
-    @torch.no_grad()
-    def replace_compressed_modules(self):
-        """NNI's fails on layers that lose nothing, but which it cannot make anew."""
-        tools = import_nni().compression.speedup.replacement
-        self.narrower = {}  # the new layers by name
-        self.channels = {}  # by node: their axis, inputs lost, outputs lost, outputs left
-        for node, info in self.node_infos.items():
-            layer = layer_of(node)
-            if type(layer) in NARROWABLE:
-                axis = -1 if isinstance(layer, nn.Linear) else 1
-                mask = self.node_infos[node.args[0]].output_masks
-                inputs_lost, _ = tools.convert_to_coarse_mask(mask, axis)
-                lost, left = tools.convert_to_coarse_mask(info.output_masks, axis)
-                if len(inputs_lost) or len(lost):
-                    masks = ([mask], info.output_masks, info.param_masks)
-                    make = tools.replace_module[type(layer).__name__]
-                    self.narrower[node.target] = make(layer, masks)
-                    self.channels[node.name] = axis, inputs_lost, lost, left
-
-
-def run_nni(model, pruner, sparsity, example_input, kept, opaque):
-    """Prune a copy of the network with NNI. Returns `narrower` and `channels` of Workarounds."""
-    nni = import_nni()
-    tools = nni.compression.speedup
-    tools.model_speedup.sparsity_stats = lambda masks: ""  # for log lines, a third of NNI's time
-    # NNI's other ways to propagate masks fail on some functions, such as a relu of a parameter.
-    updater = tools.mask_updater.DefaultMaskUpdater()
-    updater.detect = lambda _, node: node.op != "call_module"
-    is_double = any(value.dtype == torch.float64 for value in model.parameters())
-    torch.set_default_dtype(torch.float64 if is_double else torch.float32)
-    network = trace(model, example_input, opaque)
-    names = layers_to_prune(network.graph, model, kept)
-    inputs = random_inputs(example_input)
-    speedup_class = type("Speedup", (Workarounds, tools.ModelSpeedup), {})
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # NNI prints
-            # The graph is from torch.fx, for the reason that `prune_cnn` gives.
-            nni_logger = logging.getLogger("nni")  # silent
-            speedup = speedup_class(network, inputs, {}, graph_module=network, logger=nni_logger)
-            speedup.batch_size = max(2, len(inputs[0]))
-            speedup.mask_updaters.insert(0, updater)
-            # 1. Choose the channels to remove.
-            configs = configs_of(names, network, sparsity)
-            nni_pruner = getattr(nni.compression.pruning, pruner)(network, configs)
-            _, speedup.masks = nni_pruner.compress()
-            nni_pruner.unwrap_model()
-            # 2. Make the smaller layers.
-            speedup.speedup_model()
-    except Exception as error:  # NNI raises errors of many kinds
-        node = network.graph.output_node()
-        for frame, _ in traceback.walk_tb(error.__traceback__):
-            node = frame.f_locals.get("node", node)  # NNI's functions call it so
-        code = traceback.extract_tb(error.__traceback__)[-1].line  # NNI's assertions have no words
-        raise Conflict([(node, f"NNI fails at {node}: {one_line(error)} (`{code}`)")]) from error
-    return speedup.narrower, speedup.channels
-
-
-def configs_of(names, network, sparsity):
-    """NNI's configurations, one for each layer."""
-    config = {"op_names": names, "sparse_ratio": sparsity}
-    # Groups ("denpendency" is NNI's spelling) make summed layers lose the same channels.
-    configs = import_nni().compression.speedup.auto_set_denpendency_group_ids(network, [config])
-    for config in configs:
-        if "dependency_group_id" in config:
-            # NNI cannot add the scores of layers that differ in kind or in number of channels.
-            weight = network.get_submodule(config["op_names"][0]).weight
-            config["dependency_group_id"] += f" {weight.dim()} {len(weight)}"
-    # NNI's own order is that of a set of strings, another one in each process.
-    return sorted(configs, key=lambda config: names.index(config["op_names"][0]))
-
-
-def with_layers(model, narrower):
-    """A copy of the network with NNI's layers. Its forward pass has never run."""
-    compact = copy_of(model)
-    originals = compact.state_dict(keep_vars=True)
-    for name, layer in narrower.items():
-        for key, value in layer.state_dict(keep_vars=True).items():
-            original = originals[f"{name}.{key}"]
-            value.data = value.data.to(original)
-            value.requires_grad_(original.requires_grad)
-            if value.dim() == 0:
-                value.data.copy_(original)  # NNI resets BatchNorm's count of batches
-        compact.set_submodule(name, layer)
-    return compact.eval()
-
-
-@torch.no_grad()
-def compare(model, compact, channels, example_input, opaque):
-    """Run both networks, node by node. Raises Conflict with all nodes where they differ."""
-    conflicts = []
-
-    def compute(node, wanted, function, *arguments):
-        try:
-            found = function(*arguments)
-            if node.op == "output" or layer_of(node):
-                assert_alike(found, wanted)
-            return found
-        except Exception as error:  # the network's own code can raise anything
-            conflicts.append((node, f"with fewer channels, {node} fails: {one_line(error)}"))
-            return copy.deepcopy(wanted)  # go on with it, and find all conflicts
-
-    copied = Interpreter(trace(compact, example_input, opaque))
-    original = Interpreter(trace(model, example_input, opaque))
-    for run in (copied, original):
-        run.args_iter = iter(random_inputs(example_input))
-    for node, other in zip(original.graph.nodes, copied.graph.nodes):
-        if node.name in channels:  # with zeros for the lost ones; `wanted` is without them
-            axis, inputs_lost, lost, left = channels[node.name]
-            (value, *others), _ = original.fetch_args_kwargs_from_env(node)
-            value = layer_of(node)(value.index_fill(axis, inputs_lost, 0), *others)
-            original.env[node] = value.index_fill(axis, lost, 0)
-            wanted = value.index_select(axis, left)
+def choose(model, runs, reach, groups, stays, pruner, sparsity):
+    """NNI's choice: by layer, the output channels to remove, as indices. Adds to `stays`."""
+    layers = nn.Sequential()  # one for each group; its rows are the group's filters side by side
+    configs = []
+    chosen_groups = []
+    for name, group in groups.items():
+        if name != group[0] or name in stays:
+            continue
+        blocks = math.lcm(*(blocks_of(runs, member, reach[member]) for member in group))
+        if blocks == 0:
+            stays.update(dict.fromkeys(group, "a layer behind takes a part of them"))
+            continue
+        filters = torch.cat([*filters_of_group(model, runs, reach, group)], dim=1)
+        layer = nn.Linear(*filters.T.shape, bias=False, device="meta")
+        layer.weight = nn.Parameter(filters)
+        # NNI looks at the blocks only where there is a group of its own kind.
+        config = {"sparse_ratio": sparsity, "internal_metric_block": blocks}
+        config |= {"op_names": [str(len(layers))], "dependency_group_id": name}
+        configs.append(config)
+        layers.append(layer)
+        chosen_groups.append(group)
+    if not configs:
+        return {}
+    _, masks = getattr(import_nni().compression.pruning, pruner)(layers, configs).compress()
+    chosen = {}
+    for number, group in enumerate(chosen_groups):
+        removed = (masks[str(number)]["weight"].amax(1) == 0).nonzero().flatten()
+        if len(removed):
+            chosen.update(dict.fromkeys(group, removed))
         else:
-            original.env[node] = wanted = original.run_node(node)
-        copied.env[other] = compute(node, wanted, copied.run_node, other)
-    if not conflicts:  # once more as the user runs it
-        compute(node, wanted, working_copy(compact), *random_inputs(example_input))
-    if conflicts:
-        raise Conflict(conflicts)
+            stays.update(dict.fromkeys(group, "sparsity is too low to remove any"))
+    return chosen
+
+
+def filters_of_group(model, runs, reach, group):
+    """Yield the filters of each layer, also of depthwise ones behind, a row for each channel."""
+    for name in group:
+        layer = model.get_submodule(name)
+        weight = weight_for_nni(layer)
+        if is_transposed(layer):
+            weight = weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
+        yield weight.flatten(1)
+    behind = {reader: labels > 0 for name in group for reader, labels in reach[name].items()}
+    for reader, is_reached in behind.items():
+        layer = model.get_submodule(reader)
+        if is_depthwise(layer) and is_reached.sum() == len(weight):
+            yield weight_for_nni(layer).reshape(layer.in_channels, -1)[is_reached]
+
+
+def weight_for_nni(layer):
+    weight = layer.weight.detach().cpu()
+    return weight if weight.dtype == torch.float64 else weight.float()
+
+
+def is_transposed(layer):
+    return isinstance(layer, CONVOLUTION) and layer.transposed
+
+
+# The copy
+
+
+def cut_and_compare(model, runs, chosen, example):
+    """A copy without the chosen channels, and its conflicts, as `compare` returns them."""
+    run = runs.run(chosen, skips=False)
+    conflicts = [(runs.order.index(name), f"{name} needs a part of them") for name in run.unclear]
+    if run.obstacle is not None:
+        conflicts.append((len(runs.order), run.obstacle))
+    compact = copy_of(model)
+    left = {}  # by layer: the input and the output channels that are left, as indices
+    for name, is_lost in run.reached.items():
+        layer = compact.get_submodule(name)
+        lost = chosen.get(name, torch.arange(0))
+        if is_channelwise(layer):
+            lost = outputs_behind(layer, is_lost.nonzero().flatten())
+        stays = torch.ones(outputs_of(layer), dtype=torch.bool).index_fill(0, lost, False)
+        left[name] = [mask.nonzero().flatten() for mask in (~is_lost, stays)]
+        try:
+            cut(layer, *left[name])
+        except RuntimeError as error:  # groups of unlike size
+            conflicts.append((runs.order.index(name), f"{name} cannot be cut: {one_line(error)}"))
+    return compact, conflicts or compare(model, compact, left, example)
+
+
+def cut(layer, inputs, outputs):
+    """Leave a layer only these input and output channels, given as indices, in place."""
+    for value in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
+        if value.dim() == 1:
+            value.data = value.data[outputs]
+        elif value.dim() > 1:
+            value.data = cut_weight(layer, value.data, inputs, outputs)
+    if is_depthwise(layer):
+        layer.groups = len(inputs)
+    sizes = {"in_channels": inputs, "in_features": inputs, "out_channels": outputs}
+    sizes |= dict.fromkeys(("out_features", "num_features", "num_parameters"), outputs)
+    for name in vars(layer).keys() & sizes.keys():
+        setattr(layer, name, len(sizes[name]))
+
+
+def cut_weight(layer, weight, inputs, outputs):
+    rows, columns = (inputs, outputs) if is_transposed(layer) else (outputs, inputs)
+    if is_depthwise(layer):
+        return weight[rows]
+    # Each group has rows and columns of its own.
+    groups = getattr(layer, "groups", 1)
+    columns = columns.view(groups, 1, -1) % weight.shape[1]
+    return weight[rows.view(groups, -1, 1), columns].flatten(0, 1)
+
+
+class Comparison:
+    """Replaces the `forward` of layers, to compare each call in the copy with the original's."""
+
+    def __init__(self, left):
+        self.left = left
+        self.wanted = []  # by call: the layer, and its output without the lost channels
+        self.number = 0  # of the next call in the copy
+        self.conflicts = []  # the number of a call, and a reason
+
+    def run(self, call, network, example, dtype):
+        for name in self.left:
+            layer = network.get_submodule(name)
+            layer.forward = partial(call, name, layer, layer.forward)
+        return tensors_of(compute(network, random_inputs(example, dtype), dtype))
+
+    def call_original(self, name, layer, forward, *args, **kwargs):
+        """With zeros for the inputs that the copy lacks."""
+        inputs, outputs = self.left[name]
+        axis = channel_axis(layer)
+        value = first_argument(args, kwargs)
+        is_lost = torch.ones(value.shape[axis], dtype=torch.bool).index_fill(0, inputs, False)
+        value = value.index_fill(axis, is_lost.nonzero().flatten(), 0)
+        if args:
+            args = (value, *args[1:])
+        else:
+            kwargs = {**kwargs, next(iter(kwargs)): value}
+        output = forward(*args, **kwargs)
+        self.wanted.append((name, output.index_select(axis, outputs)))
+        return output
+
+    def call_copy(self, name, layer, forward, *args, **kwargs):
+        """Where it differs, go on with what is wanted: to find all conflicts."""
+        number = self.number
+        wanted_name, wanted = self.wanted[number]
+        if name != wanted_name:
+            raise RuntimeError("it takes another way")
+        self.number += 1
+        try:
+            output = forward(*args, **kwargs)
+            assert_alike([output], [wanted])
+            return output
+        except Exception as error:  # the network's own code can raise anything
+            self.conflicts.append((number, f"without some, {name} fails: {one_line(error)}"))
+            return wanted.clone()
+
+
+def compare(model, compact, left, example):
+    """Run both networks. Returns conflicts: the number of a layer's call, and a reason."""
+    for dtype in (torch.float64, torch.float32):  # some networks ask for float32 in their own code
+        comparison = Comparison(left)
+        try:
+            network = working_copy(model, dtype)
+            wanted = comparison.run(comparison.call_original, network, example, dtype)
+        except Exception as error:  # the network's own code can raise anything
+            failure = error
+            continue
+        try:
+            network = working_copy(compact, dtype)
+            found = comparison.run(comparison.call_copy, network, example, dtype)
+            if not comparison.conflicts:
+                assert_alike(found, wanted)
+        except Exception as error:
+            reason = f"without some, the network fails: {one_line(error)}"
+            comparison.conflicts.append((comparison.number, reason))
+        return comparison.conflicts
+    raise ExperimentError(f"the network fails in its second run: {one_line(failure)}") from failure
 
 
 def assert_alike(found, wanted):
+    """Raise AssertionError if two lists of tensors differ by more than rounding."""
     tolerance = torch.finfo(torch.get_default_dtype()).eps ** 0.5
-    for one, other in zip(tree_leaves(found), tree_leaves(wanted), strict=True):
-        if isinstance(other, Tensor):
-            atol = tolerance * other.to(torch.complex128).abs().nanmean().nan_to_num()
-            torch.testing.assert_close(one, other, rtol=tolerance, atol=atol, equal_nan=True)
+    for one, other in zip(found, wanted, strict=True):
+        close = partial(torch.testing.assert_close, one, other, rtol=tolerance, equal_nan=True)
+        try:
+            close(atol=0)
+        except AssertionError:
+            # Where large numbers cancel out, rounding shows. Neither zeros nor infinity, nor one
+            # huge number, say how large the others are.
+            sizes = other.to(torch.complex128).abs()
+            typical = sizes[sizes.isfinite() & (sizes > 0)].median()
+            close(atol=tolerance * typical.item())
+
+
+def blamed(conflicts, runs, reach, chosen):
+    """The layers that cause these conflicts, each with a reason."""
+    reasons = {}
+    for number, reason in conflicts:
+        place = runs.order[number] if number < len(runs.order) else "output"
+        reasons.update({name: reason for name in chosen if place in reach[name]})
+    if not reasons:  # NaN did not show it, so try the last layer before
+        number, reason = conflicts[0]
+        before = [name for name in runs.order[:number] if name in chosen]
+        reasons[(before or [*chosen])[-1]] = reason
+    return reasons
+
+
+def warnings_about(model, runs, stays):
+    """A line for each reason why layers keep their channels, and one for those that never ran."""
+    never = []
+    by_reason = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, (CONVOLUTION, nn.Linear)):
+            continue
+        if name not in runs.layers:
+            reason = "their parameters are shared, or not a plain weight and bias"
+        elif name not in runs.order:
+            # Functions of torch get the parameters of some layers that are never called.
+            never += [name] * (not runs.used.intersection(map(id, runs.layers[name].parameters())))
+            continue
+        else:
+            reason = stays.get(name)
+        if reason:
+            by_reason.setdefault(reason, []).append(name)
+    lines = [f"All channels stay in {', '.join(n)}: {reason}" for reason, n in by_reason.items()]
+    if never:
+        lines.append(f"{', '.join(never)} never ran: what leads to them may not fit any more")
+    return sorted(lines)
 
 
 # --------------------------------------------------------------------------- command line
