@@ -927,34 +927,31 @@ def names_below(model, keep):
 @contextlib.contextmanager
 def settings_for_pruning():
     """No gradients, no mixed precision, all on the CPU. What the caller has set comes back."""
-    dtype = torch.get_default_dtype()
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    nni_logger = logging.getLogger("nni")
-    level = nni_logger.level
-    try:
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-            torch.autocast("cpu", enabled=False),
-            torch.random.fork_rng(devices=[]),
-            torch.compiler.set_stance("force_eager"),  # compiled code calls no layers
-            torch.device("cpu"),
-            warnings.catch_warnings(),
-        ):
-            torch.backends.mha.set_fastpath_enabled(False)  # nor does this
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-        nni_logger.setLevel(level)
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.random.fork_rng(devices=[]),
+        torch.device("cpu"),
+        torch.compiler.set_stance("force_eager"),  # compiled code calls no layers
+        warnings.catch_warnings(),
+        contextlib.ExitStack() as at_the_end,
+    ):
+        at_the_end.callback(torch.set_default_dtype, torch.get_default_dtype())
+        nni_logger = logging.getLogger("nni")
+        at_the_end.callback(nni_logger.setLevel, nni_logger.level)
+        fastpath = torch.backends.mha
+        at_the_end.callback(fastpath.set_fastpath_enabled, fastpath.get_fastpath_enabled())
+        fastpath.set_fastpath_enabled(False)  # it calls no layers either
+        yield
 
 
 def copy_of(model):
     """A copy on the CPU, in eval mode, also of tensors that a forward pass has computed."""
     memo = {
         id(value): value.detach().clone()
-        for value in tree_leaves([vars(module) for module in model.modules()])
-        if isinstance(value, Tensor) and not value.is_leaf
+        for value in leaves([vars(module) for module in model.modules()])
+        if not value.is_leaf
     }
     try:
         return copy.deepcopy(model, memo).cpu().eval()
@@ -970,15 +967,12 @@ def working_copy(model, dtype):
 def random_inputs(example, dtype):
     """The same random numbers at each call, in the example's shapes. Whole numbers stay."""
     generator = torch.Generator().manual_seed(0)
-    inputs = []
-    for value in example:
-        numbers = value.detach().cpu().clone()
-        if value.is_floating_point():
-            numbers = torch.rand(value.shape, generator=generator, dtype=dtype)
-        elif value.dtype == torch.uint8:  # an image
-            numbers.random_(256, generator=generator)
-        inputs.append(numbers)
-    return inputs
+    return [
+        torch.rand(value.shape, dtype=dtype, generator=generator)
+        if value.is_floating_point()
+        else value.detach().cpu()
+        for value in example
+    ]
 
 
 def compute(network, inputs, dtype):
@@ -1000,15 +994,6 @@ def tensors_of(value):
     return [part for part in memo.values() if isinstance(part, Tensor)]
 
 
-def versions_of(value):
-    """Numbers that grow when the tensors change in place."""
-    return [part._version for part in leaves(value)]
-
-
-def can_be_nan(value):
-    return value.is_floating_point() or value.is_complex()
-
-
 # Layers
 
 
@@ -1016,15 +1001,14 @@ def layers_of(network):
     """The layers that can be made narrower, by name: all their tensors are theirs alone."""
     modules = [*network.modules()]
     uses = Counter(id(value) for module in modules for value in module._parameters.values())
-    layers = {}
-    for name, module in network.named_modules():
-        if isinstance(module, (CONVOLUTION, nn.Linear, NORM, nn.PReLU)):
-            is_plain = module.state_dict().keys() <= STATE and outputs_of(module) > 0
-            is_shared = any(uses[id(value)] > 1 for value in module.parameters())
-            has_one_for_all = isinstance(module, nn.PReLU) and module.num_parameters == 1
-            if is_plain and not is_shared and not has_one_for_all:
-                layers[name] = module
-    return layers
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, (CONVOLUTION, nn.Linear, NORM, nn.PReLU))
+        and module.state_dict().keys() <= STATE
+        and all(uses[id(value)] == 1 for value in module.parameters())
+        and getattr(module, "num_parameters", 2) > 1  # a PReLU with one for all channels
+    }
 
 
 def outputs_of(layer):
@@ -1041,6 +1025,10 @@ def is_channelwise(layer):
     return is_depthwise(layer) or not isinstance(layer, (CONVOLUTION, nn.Linear))
 
 
+def is_transposed(layer):
+    return isinstance(layer, CONVOLUTION) and layer.transposed
+
+
 def channel_axis(layer):
     if isinstance(layer, nn.Linear):
         return -1
@@ -1048,15 +1036,18 @@ def channel_axis(layer):
 
 
 def outputs_behind(layer, inputs):
-    """The output channels of a channelwise layer to which these input channels lead, as indices."""
-    if not is_depthwise(layer):
-        return inputs
-    times = layer.out_channels // layer.in_channels
-    return (inputs[:, None] * times + torch.arange(times)).flatten()
+    """A mask of the output channels of a channelwise layer, from one of its input channels."""
+    return inputs.repeat_interleave(outputs_of(layer) // len(inputs))
 
 
 def first_argument(args, kwargs):
     return next(iter((*args, *kwargs.values())))
+
+
+def with_first_argument(value, args, kwargs):
+    if args:
+        return (value, *args[1:]), kwargs
+    return args, {**kwargs, next(iter(kwargs)): value}
 
 
 # What depends on what
@@ -1064,25 +1055,22 @@ def first_argument(args, kwargs):
 
 @dataclass
 class Event:
-    """A call of a module in the first run, or an answer that the network got from a tensor."""
+    """A call of a module in the first run."""
 
     name: str
-    output: object = None
+    output: Tensor | None = None
     end: int = 0  # the number of the next event that is not inside this call
-    copied: Tensor | None = None  # the output of a layer, as it was returned
-    versions: list = ()  # of the output's tensors, when they were returned
-    is_unchanged: bool = False  # since then
 
 
 @dataclass
 class Run:
     """What one run with NaN shows."""
 
-    filled: dict  # by layer: the output channels that are NaN, as indices
-    skips: bool  # blocks without NaN are not run
+    filled: dict  # by layer: a mask of the output channels that are NaN
+    skips: bool  # blocks without NaN do not run
     position: int = 0  # the number of the next event
     reached: dict = field(default_factory=dict)  # by layer: a mask of the inputs that are NaN
-    unclear: set = field(default_factory=set)  # layers with inputs that are NaN only in part
+    unclear: list = field(default_factory=list)  # layers with inputs that are NaN only in part
     obstacle: str | None = None  # why the filled channels have to stay; "" is the output
 
 
@@ -1091,8 +1079,7 @@ class NaNRuns(TorchFunctionMode):
 
     The first run, without NaN, records what each module returns. In later runs, layers return what
     is recorded: NaN ends at convolutions and Linear layers, and passes through channelwise layers.
-    All else runs as it does for the network's user. Answers that the network gets from a tensor are
-    those of the first run.
+    All else runs as it does for the network's user, but for blocks that no NaN reaches.
     """
 
     def __init__(self, network, inputs, dtype):
@@ -1101,39 +1088,21 @@ class NaNRuns(TorchFunctionMode):
         self.layers = layers_of(network)
         self.events = []
         self.used = set()  # ids of the parameters that functions get
-        self.now = None  # the present Run
-        self.is_own = False  # the functions that are called are not the network's, but ours
+        self.now = None  # the present Run; None: the first run
         for name, module in network.named_modules():
             if not isinstance(module, torch.jit.ScriptModule):
                 module.forward = partial(self.call, name, module.forward)
         with self:
             compute(network, inputs, dtype)
-        for event in self.events:
-            is_plain = isinstance(event.output, (Tensor, tuple))
-            event.is_unchanged = is_plain and event.versions == versions_of(event.output)
-            if event.copied is not None and not event.is_unchanged:
-                event.output = event.copied
-            event.copied = None
         self.order = [event.name for event in self.events if event.name in self.layers]
-        self.calls = {name: [] for name in self.order}
-        for number, event in enumerate(self.events):
-            if event.name in self.calls:
-                self.calls[event.name].append(number)
-        self.clean = {
-            id(value)
-            for event in self.events
-            if event.is_unchanged
-            for value in leaves(event.output)
-        }
 
     def run(self, filled, skips=True) -> Run:
-        """Run the network with NaN in these output channels of these layers."""
+        """Run the network with NaN in these output channels of layers."""
         now = self.now = Run(filled, skips)
-        self.is_own = False
         try:
             with self:
                 output = compute(self.network, self.inputs, self.dtype)
-            if any(map(self.is_of_nan, tensors_of(output))):
+            if any(map(is_of_nan, tensors_of(output))):
                 now.obstacle = ""
         except Exception as error:  # the network's own code can raise anything
             now.obstacle = f"with NaN in them, the network fails: {one_line(error)}"
@@ -1142,61 +1111,52 @@ class NaNRuns(TorchFunctionMode):
     def fixed_inputs(self):
         """By layer: a mask of the inputs that depend, channel for channel, on what cannot be cut.
 
-        That are the network's inputs and all parameters and buffers that are used by other code
-        than that of their layers. NaN in the first number of each reaches one of many channels. If
-        it reaches all that the others reach, the tensor is the same for all channels.
+        These are the network's inputs, and the parameters and buffers that other code uses than
+        that of their layers. What one number of a tensor reaches as well as all of them together
+        does not depend on it channel for channel.
         """
         tensors = [*self.network.parameters(), *self.network.buffers(), *self.inputs]
         tensors = [value for value in tensors if can_be_nan(value) and value.numel() > 1]
         before = [value.data for value in tensors]
-        for value in tensors:
-            value.data = value.data.clone()
-            value.data[(0,) * value.dim()] = math.nan
-        first = self.run({}, skips=False).reached
-        for value in tensors:
-            value.data = torch.full((), math.nan, dtype=value.dtype).expand(value.shape)
-        reached = self.run({}, skips=False).reached
+        reached = []
+        for filled in (slice(1), slice(None)):
+            for value, data in zip(tensors, before):
+                value.data = data.clone(memory_format=torch.contiguous_format)
+                value.data.view(-1)[filled] = math.nan
+            reached.append(self.run({}, skips=False).reached)
         for value, data in zip(tensors, before):
             value.data = data
-        none = torch.tensor(False)  # where the network fails on NaN
-        return {name: reached.get(name, none) & ~first.get(name, none) for name in self.order}
+        none = torch.tensor(False)  # where the network fails on NaN before
+        of_one, of_all = reached
+        return {name: of_all.get(name, none) & ~of_one.get(name, none) for name in self.order}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if self.is_own:
-            return function(*args, **kwargs)
-        if function.__name__ in QUESTIONS:
-            return self.answer(function, args, kwargs)
-        result = function(*args, **kwargs)
         if self.now is None:
             self.used.update(map(id, leaves((args, kwargs))))
-            return result
-        for value in leaves(result):
-            if not can_be_nan(value) and any(map(self.is_of_nan, leaves((args, kwargs)))):
+        elif function.__name__ in QUESTIONS and any(map(is_of_nan, leaves((args, kwargs)))):
+            raise RuntimeError("it asks for their numbers")
+        result = function(*args, **kwargs)
+        for value in leaves(result) if self.now else ():
+            if not can_be_nan(value) and any(map(is_of_nan, leaves((args, kwargs)))):
                 value.is_made_of_nan = True
         return result
-
-    def answer(self, function, args, kwargs):
-        name = f"answer of {function.__name__}"
-        if self.now is None:
-            self.events.append(Event(name, function(*args, **kwargs)))
-            return self.events[-1].output
-        if any(map(self.is_of_nan, leaves((args, kwargs)))):
-            self.now.obstacle = "the network asks for their numbers"
-        return self.next_event(name).output
 
     def call(self, name, forward, *args, **kwargs):
         """What a module does instead of its `forward`."""
         if self.now is None:
             return self.record(name, forward, args, kwargs)
-        event = self.next_event(name)
-        self.is_own = True
-        is_answered = name in self.layers or self.can_skip(event, args, kwargs)
-        output = event.output
-        if name in self.layers:
-            output = self.output_of_layer(event, first_argument(args, kwargs))
-        self.is_own = False
-        if not is_answered:
+        event = self.events[self.now.position]
+        if event.name != name:
+            raise RuntimeError("it takes another way")
+        self.now.position += 1
+        with torch._C.DisableTorchFunction():  # what is called here is not the network's
+            output = None
+            if name in self.layers:
+                output = self.output_of_layer(event, first_argument(args, kwargs))
+            elif self.can_skip(event, leaves((args, kwargs))):
+                output = clean_copy(event.output)
+        if output is None:
             return forward(*args, **kwargs)
         self.now.position = event.end
         return output
@@ -1204,74 +1164,73 @@ class NaNRuns(TorchFunctionMode):
     def record(self, name, forward, args, kwargs):
         event = Event(name)
         self.events.append(event)
-        output = event.output = forward(*args, **kwargs)
+        output = forward(*args, **kwargs)
         event.end = len(self.events)
-        event.versions = versions_of(output)
-        if name in self.layers:
-            layer = self.layers[name]
-            if output.shape[channel_axis(layer)] == outputs_of(layer):
-                event.copied = output.clone()
-            else:  # of a derived class that returns something else
-                del self.layers[name]
+        if isinstance(output, Tensor):
+            event.output = output.clone()  # the network may change it in place
+        layer = self.layers.get(name)
+        if layer and output.shape[channel_axis(layer)] != outputs_of(layer):
+            del self.layers[name]  # of a derived class that returns something else
         return output
 
-    def next_event(self, name):
-        event = self.events[self.now.position]
-        self.now.position += 1
-        if event.name != name:
-            raise RuntimeError("the network takes another way")
-        return event
-
-    def can_skip(self, event, args, kwargs):
+    def can_skip(self, event, arguments):
         """Whether a block can return what is recorded: neither it nor its arguments are NaN."""
-        if not self.now.skips or not event.is_unchanged:
+        if event.output is None or not self.now.skips:
             return False
-        inside = range(self.now.position, event.end)
-        is_filled = any(number in inside for name in self.now.filled for number in self.calls[name])
-        return not is_filled and not any(map(self.is_of_nan, leaves((args, kwargs))))
+        inside = self.events[self.now.position : event.end]
+        is_filled = any(other.name in self.now.filled for other in inside)
+        return not is_filled and not any(map(is_of_nan, arguments))
 
     def output_of_layer(self, event, value):
         """The recorded output, with NaN in the filled channels and in those of NaN inputs."""
-        layer, now = self.layers[event.name], self.now
+        name, now = event.name, self.now
+        layer = self.layers[name]
         axis = channel_axis(layer)
         is_nan = torch.zeros(value.shape[axis], dtype=torch.bool)
-        if self.is_of_nan(value):
+        if is_of_nan(value):
             channels = value.movedim(axis, 0).flatten(1)
             is_nan = channels.isnan().any(1)
-            in_part = is_nan & ~channels.isnan().all(1)
-            if channels[in_part].nan_to_num(0).any():
-                now.unclear.add(event.name)
-        before = now.reached.setdefault(event.name, is_nan)
-        if not before.equal(is_nan):  # another call
-            now.unclear.add(event.name)
-            now.reached[event.name] = before | is_nan
-        nan_outputs = now.filled.get(event.name, torch.arange(0))
-        if is_channelwise(layer):
-            nan_outputs = outputs_behind(layer, is_nan.nonzero().flatten())
-        if len(nan_outputs):
-            return event.output.clone().index_fill_(axis, nan_outputs, math.nan)
-        return event.output if event.is_unchanged else event.output.clone()
+            if channels[is_nan].nan_to_num(0).any():
+                now.unclear.append(name)
+        now.reached[name] = is_nan | now.reached.get(name, is_nan)
+        mask = outputs_behind(layer, is_nan) if is_channelwise(layer) else now.filled.get(name)
+        output = clean_copy(event.output)
+        if mask is not None and mask.any():
+            output.movedim(axis, 0)[mask] = math.nan
+        return output
 
-    def is_of_nan(self, value):
-        """Whether a tensor has a NaN, or is a truth value or a whole number made of one."""
-        if not can_be_nan(value):
-            return hasattr(value, "is_made_of_nan")
-        is_known = self.now.skips and id(value) in self.clean
-        return not is_known and bool(value.sum().isnan() and value.isnan().any())
+
+def can_be_nan(value):
+    return value.is_floating_point() or value.is_complex()
+
+
+def is_of_nan(value):
+    """Whether a tensor has a NaN, or is a truth value or a whole number made of one."""
+    if not can_be_nan(value):
+        return hasattr(value, "is_made_of_nan")
+    is_clean = getattr(value, "clean_version", None) == value._version
+    return not is_clean and bool(value.sum().isnan() and value.isnan().any())
+
+
+def clean_copy(value):
+    """A copy that is known to have no NaN until it changes in place."""
+    value = value.clone()
+    value.clean_version = value._version
+    return value
 
 
 def record(model, example):
-    """Run a copy of the network for the first time: in float32, or in float64 if it needs that."""
+    """Run a copy of the network for the first time."""
     for name, value in model.named_parameters():
         if is_lazy(value):
             raise ExperimentError(f"{name} is uninitialized: run the network once before")
-    for dtype in (torch.float32, torch.float64):
-        network = working_copy(model, dtype)
-        try:
-            return NaNRuns(network, random_inputs(example, dtype), dtype)
-        except Exception as error:  # the network's own code can raise anything
-            failure = error
-    raise ExperimentError(f"example_input does not fit: {one_line(failure)}") from failure
+    is_double = any(value.dtype == torch.float64 for value in model.parameters())
+    dtype = torch.float64 if is_double else torch.float32
+    network = working_copy(model, dtype)
+    try:
+        return NaNRuns(network, random_inputs(example, dtype), dtype)
+    except Exception as error:  # the network's own code can raise anything
+        raise ExperimentError(f"example_input does not fit: {one_line(error)}") from error
 
 
 def explore(runs, stays):
@@ -1281,27 +1240,27 @@ def explore(runs, stays):
     half of the channels, 2 if on the second, 3 if on both. Adds to `stays`.
     """
     fixed = runs.fixed_inputs()
-    for name in runs.order:
-        if name in stays and is_channelwise(runs.layers[name]):
+    for name in stays.keys() & set(runs.order):
+        if is_depthwise(runs.layers[name]):
             fixed[name] = torch.tensor(True)
     reach = {}
     for name in dict.fromkeys(runs.order):
         channels = outputs_of(runs.layers[name])
         if is_channelwise(runs.layers[name]) or channels == 1:
             continue
-        reach[name] = {}
-        for label, half in enumerate(torch.arange(channels).tensor_split(2), start=1):
+        behind = reach[name] = {}
+        first_half = torch.arange(channels) < channels // 2
+        for label, half in ((1, first_half), (2, ~first_half)):
             run = runs.run({name: half})
-            if run.obstacle is not None:
-                stays.setdefault(name, run.obstacle)
             for reader, mask in run.reached.items():
                 if mask.any():
-                    reach[name][reader] = reach[name].get(reader, 0) + label * mask
-        for reader, labels in reach[name].items():
-            if is_mixed(labels):
-                stays.setdefault(name, f"inputs of {reader} depend on many of them")
-            if (fixed[reader] & (labels > 0)).any():
-                stays.setdefault(name, f"before {reader}, they meet what has a fixed size")
+                    behind[reader] = behind.get(reader, 0) + label * mask
+            if run.obstacle is not None:
+                stays.setdefault(name, run.obstacle)
+        if any(map(is_mixed, behind.values())):
+            stays.setdefault(name, "the inputs of a layer depend on many of them")
+        if any((fixed[reader] & (labels > 0)).any() for reader, labels in behind.items()):
+            stays.setdefault(name, "they meet what has a fixed size")
     return reach
 
 
@@ -1310,31 +1269,26 @@ def is_mixed(labels):
 
 
 def groups_of(runs, reach, stays):
-    """Layers that lose the same channels, because these meet at the same inputs of a layer.
+    """By layer, the layers that lose the same channels: these meet at the same inputs of a layer.
 
-    Returns the names of each layer's group, by layer. Adds to `stays`.
+    Adds to `stays`.
     """
     groups = {name: [name] for name in reach}
     names = [*reach]
-    met = {}  # by layer behind: the labels of its inputs so far, and the layer that gave them
+    givers = {}  # by layer behind: for each input, the number of a layer that reaches it, or -1
     for number, name in enumerate(names):
         for reader, labels in reach[name].items():
-            if is_mixed(labels):  # this layer stays, and those stay free that it multiplies, say
+            if is_mixed(labels):  # those that it multiplies, say, may lose channels all the same
                 continue
-            seen, givers = met.setdefault(reader, (labels * 0, labels * 0))
-            shared = (labels > 0) & (seen > 0)
-            for other in givers[shared].unique():
-                joined = groups[name] + groups[names[other]]
-                if groups[name] is not groups[names[other]]:
-                    groups.update(dict.fromkeys(joined, joined))
-            if (labels != seen)[shared].any():
-                stays.setdefault(name, f"before {reader}, they meet channels in another order")
-            seen[labels > 0] = labels[labels > 0]
-            givers[labels > 0] = number
+            giver = givers.setdefault(reader, torch.full_like(labels, -1))
+            for other in giver[(labels > 0) & (giver >= 0)].unique():
+                group = [*dict.fromkeys(groups[names[other]] + groups[name])]
+                groups.update(dict.fromkeys(group, group))
+            giver[labels > 0] = number
     for group in groups.values():
         if len({outputs_of(runs.layers[name]) for name in group}) > 1:
-            stays.setdefault(group[0], "they meet fewer channels, or more")
-        for reason in [stays[name] for name in group if name in stays]:
+            stays.setdefault(group[0], "they meet more channels, or fewer")
+        for reason in [stays[name] for name in group if name in stays][:1]:
             stays.update({name: stays.get(name, reason) for name in group})
     return groups
 
@@ -1344,75 +1298,62 @@ def blocks_of(runs, name, readers):
 
     A block is what a group of a convolution computes or reads, or what a chunk leaves.
     """
-    layer = runs.layers[name]
-    channels = outputs_of(layer)
-    sizes = [channels // getattr(layer, "groups", 1)]
+    channels = outputs_of(runs.layers[name])
+    sizes = [channels // getattr(runs.layers[name], "groups", 1)]
     for reader, labels in readers.items():
-        sizes.append(min(channels, int((labels > 0).sum())))
-        behind = runs.layers[reader]
-        if isinstance(behind, CONVOLUTION) and not is_depthwise(behind):
-            sizes.append(min(channels, behind.in_channels // behind.groups))
-    if any(channels % size for size in sizes):
-        return 0
-    return math.lcm(*(channels // size for size in sizes))
+        sizes.append(int((labels > 0).sum()))
+        if not is_channelwise(runs.layers[reader]):
+            sizes.append(len(labels) // getattr(runs.layers[reader], "groups", 1))
+    blocks = [channels / size for size in sizes if size < channels]
+    return math.lcm(*map(int, blocks)) if all(block % 1 == 0 for block in blocks) else 0
 
 
 def choose(model, runs, reach, groups, stays, pruner, sparsity):
-    """NNI's choice: by layer, the output channels to remove, as indices. Adds to `stays`."""
-    layers = nn.Sequential()  # one for each group; its rows are the group's filters side by side
-    configs = []
-    chosen_groups = []
+    """NNI's choice: by layer, a mask of the output channels to remove. Adds to `stays`."""
+    filters = {}  # by the first layer of a group, and layer: a row for each channel
+    blocks = {}
     for name, group in groups.items():
-        if name != group[0] or name in stays:
+        blocks[name] = blocks_of(runs, name, reach[name])
+        if not blocks[name]:
+            reason = "a layer takes a part of them"
+            stays.update({member: stays.get(member, reason) for member in group})
+    for name, group in groups.items():
+        if name in stays:
             continue
-        blocks = math.lcm(*(blocks_of(runs, member, reach[member]) for member in group))
-        if blocks == 0:
-            stays.update(dict.fromkeys(group, "a layer behind takes a part of them"))
-            continue
-        filters = torch.cat([*filters_of_group(model, runs, reach, group)], dim=1)
-        layer = nn.Linear(*filters.T.shape, bias=False, device="meta")
-        layer.weight = nn.Parameter(filters)
-        # NNI looks at the blocks only where there is a group of its own kind.
-        config = {"sparse_ratio": sparsity, "internal_metric_block": blocks}
-        config |= {"op_names": [str(len(layers))], "dependency_group_id": name}
+        channels = outputs_of(runs.layers[name])
+        filters[group[0], name] = filters_of(model.get_submodule(name), channels)
+        for reader, labels in reach[name].items():
+            if is_depthwise(runs.layers[reader]) and (labels > 0).sum() == channels:
+                rows = filters_of(model.get_submodule(reader), len(labels))
+                filters[group[0], reader] = rows[labels > 0]
+    layers = nn.Sequential()  # all Linear, because NNI does not know all classes
+    configs = []
+    for (first, name), rows in filters.items():
+        layers.append(nn.Linear(1, 1, bias=False))
+        layers[-1].weight = nn.Parameter(rows)
+        config = {"op_names": [str(len(configs))], "sparse_ratio": sparsity}
+        config |= {"dependency_group_id": first, "internal_metric_block": blocks.get(name, 1)}
         configs.append(config)
-        layers.append(layer)
-        chosen_groups.append(group)
     if not configs:
         return {}
     _, masks = getattr(import_nni().compression.pruning, pruner)(layers, configs).compress()
     chosen = {}
-    for number, group in enumerate(chosen_groups):
-        removed = (masks[str(number)]["weight"].amax(1) == 0).nonzero().flatten()
-        if len(removed):
-            chosen.update(dict.fromkeys(group, removed))
-        else:
-            stays.update(dict.fromkeys(group, "sparsity is too low to remove any"))
+    for number, (_, name) in enumerate(filters):
+        if name in groups:
+            chosen[name] = masks[str(number)]["weight"].amax(1) == 0
+    for name in [name for name, mask in chosen.items() if not mask.any()]:
+        del chosen[name]
+        stays[name] = "sparsity is too low to remove one"
     return chosen
 
 
-def filters_of_group(model, runs, reach, group):
-    """Yield the filters of each layer, also of depthwise ones behind, a row for each channel."""
-    for name in group:
-        layer = model.get_submodule(name)
-        weight = weight_for_nni(layer)
-        if is_transposed(layer):
-            weight = weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
-        yield weight.flatten(1)
-    behind = {reader: labels > 0 for name in group for reader, labels in reach[name].items()}
-    for reader, is_reached in behind.items():
-        layer = model.get_submodule(reader)
-        if is_depthwise(layer) and is_reached.sum() == len(weight):
-            yield weight_for_nni(layer).reshape(layer.in_channels, -1)[is_reached]
-
-
-def weight_for_nni(layer):
+def filters_of(layer, channels):
     weight = layer.weight.detach().cpu()
-    return weight if weight.dtype == torch.float64 else weight.float()
-
-
-def is_transposed(layer):
-    return isinstance(layer, CONVOLUTION) and layer.transposed
+    if weight.dtype != torch.float64:
+        weight = weight.float()
+    if is_transposed(layer) and not is_depthwise(layer):
+        weight = weight.unflatten(0, (layer.groups, -1)).transpose(1, 2)
+    return weight.reshape(channels, -1)
 
 
 # The copy
@@ -1421,94 +1362,86 @@ def is_transposed(layer):
 def cut_and_compare(model, runs, chosen, example):
     """A copy without the chosen channels, and its conflicts, as `compare` returns them."""
     run = runs.run(chosen, skips=False)
-    conflicts = [(runs.order.index(name), f"{name} needs a part of them") for name in run.unclear]
+    conflicts = [(runs.order.index(name), f"{name} uses a part of them") for name in run.unclear]
     if run.obstacle is not None:
         conflicts.append((len(runs.order), run.obstacle))
     compact = copy_of(model)
-    left = {}  # by layer: the input and the output channels that are left, as indices
-    for name, is_lost in run.reached.items():
+    left = {}  # by layer: a mask of the inputs that are left
+    for name, mask in run.reached.items():
         layer = compact.get_submodule(name)
-        lost = chosen.get(name, torch.arange(0))
+        outputs = torch.zeros(outputs_of(layer), dtype=torch.bool)
         if is_channelwise(layer):
-            lost = outputs_behind(layer, is_lost.nonzero().flatten())
-        stays = torch.ones(outputs_of(layer), dtype=torch.bool).index_fill(0, lost, False)
-        left[name] = [mask.nonzero().flatten() for mask in (~is_lost, stays)]
+            outputs = outputs_behind(layer, mask)
+        left[name] = ~mask
         try:
-            cut(layer, *left[name])
-        except RuntimeError as error:  # groups of unlike size
+            cut(layer, ~mask, ~chosen.get(name, outputs))
+        except RuntimeError as error:  # groups of unlike sizes
             conflicts.append((runs.order.index(name), f"{name} cannot be cut: {one_line(error)}"))
     return compact, conflicts or compare(model, compact, left, example)
 
 
 def cut(layer, inputs, outputs):
-    """Leave a layer only these input and output channels, given as indices, in place."""
+    """Leave a layer only these channels, given as masks, in place."""
     for value in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
         if value.dim() == 1:
             value.data = value.data[outputs]
         elif value.dim() > 1:
             value.data = cut_weight(layer, value.data, inputs, outputs)
+    sizes = {"in_channels": inputs, "in_features": inputs}
+    sizes |= dict.fromkeys(("out_channels", "out_features", "num_features"), outputs)
+    sizes["num_parameters"] = outputs
     if is_depthwise(layer):
-        layer.groups = len(inputs)
-    sizes = {"in_channels": inputs, "in_features": inputs, "out_channels": outputs}
-    sizes |= dict.fromkeys(("out_features", "num_features", "num_parameters"), outputs)
+        sizes["groups"] = inputs
     for name in vars(layer).keys() & sizes.keys():
-        setattr(layer, name, len(sizes[name]))
+        setattr(layer, name, int(sizes[name].sum()))
 
 
 def cut_weight(layer, weight, inputs, outputs):
     rows, columns = (inputs, outputs) if is_transposed(layer) else (outputs, inputs)
-    if is_depthwise(layer):
-        return weight[rows]
-    # Each group has rows and columns of its own.
     groups = getattr(layer, "groups", 1)
-    columns = columns.view(groups, 1, -1) % weight.shape[1]
-    return weight[rows.view(groups, -1, 1), columns].flatten(0, 1)
+    if groups == 1:
+        return weight[rows][:, columns]
+    # Each group of rows has columns of its own.
+    mask = columns.view(groups, -1).repeat_interleave(len(rows) // groups, dim=0)[rows]
+    return weight[rows][mask].view(len(mask), -1, *weight.shape[2:])
 
 
 class Comparison:
-    """Replaces the `forward` of layers, to compare each call in the copy with the original's."""
+    """Compares the inputs of layers and the output of a copy with those of the original."""
 
     def __init__(self, left):
-        self.left = left
-        self.wanted = []  # by call: the layer, and its output without the lost channels
+        self.left = left  # by layer: a mask of the inputs that the copy has
+        self.wanted = []  # the original's calls: layer and inputs, without those that are lost
         self.number = 0  # of the next call in the copy
         self.conflicts = []  # the number of a call, and a reason
 
-    def run(self, call, network, example, dtype):
+    def run(self, hook, network, example, dtype):
         for name in self.left:
             layer = network.get_submodule(name)
-            layer.forward = partial(call, name, layer, layer.forward)
+            layer.register_forward_pre_hook(partial(hook, name), with_kwargs=True)
         return tensors_of(compute(network, random_inputs(example, dtype), dtype))
 
-    def call_original(self, name, layer, forward, *args, **kwargs):
-        """With zeros for the inputs that the copy lacks."""
-        inputs, outputs = self.left[name]
-        axis = channel_axis(layer)
-        value = first_argument(args, kwargs)
-        is_lost = torch.ones(value.shape[axis], dtype=torch.bool).index_fill(0, inputs, False)
-        value = value.index_fill(axis, is_lost.nonzero().flatten(), 0)
-        if args:
-            args = (value, *args[1:])
-        else:
-            kwargs = {**kwargs, next(iter(kwargs)): value}
-        output = forward(*args, **kwargs)
-        self.wanted.append((name, output.index_select(axis, outputs)))
-        return output
+    def before_original(self, name, layer, args, kwargs):
+        """Put zeros where the copy lacks inputs."""
+        value = first_argument(args, kwargs).clone()
+        channels = value.movedim(channel_axis(layer), 0)
+        self.wanted.append((name, channels[self.left[name]]))
+        channels[~self.left[name]] = 0
+        return with_first_argument(value, args, kwargs)
 
-    def call_copy(self, name, layer, forward, *args, **kwargs):
-        """Where it differs, go on with what is wanted: to find all conflicts."""
+    def before_copy(self, name, layer, args, kwargs):
+        """Where the inputs differ, go on with those that are wanted: to find all conflicts."""
+        wanted_name, wanted = self.wanted.pop(0)
+        wanted = wanted.movedim(0, channel_axis(layer))
         number = self.number
-        wanted_name, wanted = self.wanted[number]
-        if name != wanted_name:
-            raise RuntimeError("it takes another way")
         self.number += 1
         try:
-            output = forward(*args, **kwargs)
-            assert_alike([output], [wanted])
-            return output
-        except Exception as error:  # the network's own code can raise anything
-            self.conflicts.append((number, f"without some, {name} fails: {one_line(error)}"))
-            return wanted.clone()
+            assert name == wanted_name, "the network takes another way"
+            assert_alike(first_argument(args, kwargs), wanted)
+            return None
+        except AssertionError:
+            self.conflicts.append((number, f"without some, {name} gets wrong inputs"))
+            return with_first_argument(wanted, args, kwargs)
 
 
 def compare(model, compact, left, example):
@@ -1517,15 +1450,16 @@ def compare(model, compact, left, example):
         comparison = Comparison(left)
         try:
             network = working_copy(model, dtype)
-            wanted = comparison.run(comparison.call_original, network, example, dtype)
+            wanted = comparison.run(comparison.before_original, network, example, dtype)
         except Exception as error:  # the network's own code can raise anything
             failure = error
             continue
         try:
             network = working_copy(compact, dtype)
-            found = comparison.run(comparison.call_copy, network, example, dtype)
+            found = comparison.run(comparison.before_copy, network, example, dtype)
             if not comparison.conflicts:
-                assert_alike(found, wanted)
+                for one, other in zip(found, wanted, strict=True):
+                    assert_alike(one, other)
         except Exception as error:
             reason = f"without some, the network fails: {one_line(error)}"
             comparison.conflicts.append((comparison.number, reason))
@@ -1534,18 +1468,17 @@ def compare(model, compact, left, example):
 
 
 def assert_alike(found, wanted):
-    """Raise AssertionError if two lists of tensors differ by more than rounding."""
+    """Raise AssertionError if two tensors differ by more than rounding."""
     tolerance = torch.finfo(torch.get_default_dtype()).eps ** 0.5
-    for one, other in zip(found, wanted, strict=True):
-        close = partial(torch.testing.assert_close, one, other, rtol=tolerance, equal_nan=True)
-        try:
-            close(atol=0)
-        except AssertionError:
-            # Where large numbers cancel out, rounding shows. Neither zeros nor infinity, nor one
-            # huge number, say how large the others are.
-            sizes = other.to(torch.complex128).abs()
-            typical = sizes[sizes.isfinite() & (sizes > 0)].median()
-            close(atol=tolerance * typical.item())
+    close = partial(torch.testing.assert_close, found, wanted, rtol=tolerance, equal_nan=True)
+    try:
+        close(atol=0)
+    except AssertionError:
+        # Where large numbers cancel out, rounding shows. Neither zeros nor infinity, nor one huge
+        # number, say how large the others are.
+        sizes = wanted.to(torch.complex128).abs()
+        typical = sizes[sizes.isfinite() & (sizes > 0)].median()
+        close(atol=tolerance * typical.item())
 
 
 def blamed(conflicts, runs, reach, chosen):
@@ -1563,25 +1496,18 @@ def blamed(conflicts, runs, reach, chosen):
 
 def warnings_about(model, runs, stays):
     """A line for each reason why layers keep their channels, and one for those that never ran."""
-    never = []
-    by_reason = {}
+    names = {}
     for name, layer in model.named_modules():
         if not isinstance(layer, (CONVOLUTION, nn.Linear)):
             continue
+        reason = stays.get(name)
         if name not in runs.layers:
             reason = "their parameters are shared, or not a plain weight and bias"
-        elif name not in runs.order:
-            # Functions of torch get the parameters of some layers that are never called.
-            never += [name] * (not runs.used.intersection(map(id, runs.layers[name].parameters())))
-            continue
-        else:
-            reason = stays.get(name)
+        elif name not in runs.order and not runs.used & {*map(id, runs.layers[name].parameters())}:
+            reason = "they never ran, and what leads to them may not fit any more"
         if reason:
-            by_reason.setdefault(reason, []).append(name)
-    lines = [f"All channels stay in {', '.join(n)}: {reason}" for reason, n in by_reason.items()]
-    if never:
-        lines.append(f"{', '.join(never)} never ran: what leads to them may not fit any more")
-    return sorted(lines)
+            names.setdefault(reason, []).append(name)
+    return sorted(f"All channels stay in {', '.join(names[reason])}: {reason}" for reason in names)
 
 
 # --------------------------------------------------------------------------- command line
