@@ -147,12 +147,15 @@ def import_nni():
     return nni
 
 
-def prepare_processor():
-    """Use no more threads than processors that this process may use, and keep freed memory."""
+def limit_threads():
+    """Use no more threads than processors that this process may use."""
     if "OMP_NUM_THREADS" not in os.environ:  # else the user has decided
         from joblib import cpu_count  # reads affinity and a container's quota
 
         torch.set_num_threads(min(torch.get_num_threads(), cpu_count()))
+
+
+def keep_freed_memory():
     # Linux's C library gives the memory of large tensors back to the system, and asks for it again
     # in the next step. This can slow the baseline by half, and not the small models.
     with contextlib.suppress(AttributeError):  # macOS and Windows have no mallopt
@@ -760,7 +763,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
 
     # What is wrong with NNI, the device or the folder shows here, before anything is trained.
     nni = import_nni()
-    prepare_processor()
+    limit_threads()
+    keep_freed_memory()
     device = select_device(args.device)
     folder = args.checkpoint_dir / os.environ.get("NNI_TRIAL_JOB_ID", "")  # of a trial: its own
     probe = folder / ".writable"

@@ -224,15 +224,15 @@ def test_threads_are_no_more_than_the_processors_that_a_container_allows(monkeyp
     threads = torch.get_num_threads()
     monkeypatch.setattr("joblib.cpu_count", lambda: 2)
     try:
-        torch.set_num_threads(3)  # as on a machine with three cores
-        monkeypatch.setenv("OMP_NUM_THREADS", "3")  # the user's own choice
-        script.prepare_processor()
+        torch.set_num_threads(3)
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
+        script.limit_threads()  # the user's own choice, as on a machine with three cores
         assert torch.get_num_threads() == 3
         monkeypatch.delenv("OMP_NUM_THREADS")
-        for expected in (2, 1):
-            script.prepare_processor()
+        for before, expected in ((3, 2), (1, 1)):
+            torch.set_num_threads(before)
+            script.limit_threads()
             assert torch.get_num_threads() == expected
-            torch.set_num_threads(1)  # as where torch itself already respects the affinity
     finally:
         torch.set_num_threads(threads)
 
@@ -240,7 +240,7 @@ def test_threads_are_no_more_than_the_processors_that_a_container_allows(monkeyp
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux's C library is told to keep it")
 def test_freed_memory_stays_for_the_next_tensors():
     resource = pytest.importorskip("resource")
-    script.prepare_processor()
+    script.keep_freed_memory()
     faults = []
     for _ in range(8):  # the first ones still find their places
         tensors = [torch.ones(2**21) for _ in range(9)]  # 8 MiB each: 2,048 pages
