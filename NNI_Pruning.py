@@ -202,10 +202,8 @@ def load_data(requested: str | None, data_dir: Path, subset: int | None):
     """Load "mnist" or "digits". None means MNIST, or the digits if it cannot be downloaded.
 
     Returns the name of the dataset, (images, labels) for training, and the same for testing. Images
-    are uint8 (N, 28, 28). Training images have MAX_SHIFT more pixels of background on each side:
-    `train` cuts 28 x 28 pixels at a random place, which shifts the image. Labels are int64 (N,).
-    With `subset`, there are that many training images and a sixth as many test images, the same for
-    every seed.
+    are uint8 (N, 28, 28), labels int64 (N,). With `subset`, there are that many training images and
+    a sixth as many test images, the same for every seed.
 
     Raises ExperimentError if MNIST cannot be read, or is asked for and cannot be downloaded.
     """
@@ -222,10 +220,8 @@ def load_data(requested: str | None, data_dir: Path, subset: int | None):
         training, testing = load_small_digits()
     if subset is not None:
         generator = torch.Generator().manual_seed(0)
-        training = random_part(training, subset, generator)
-        testing = random_part(testing, subset // 6 or 1, generator)
-    images, labels = training
-    training = (F.pad(images, [MAX_SHIFT] * 4), labels)
+        training = random_part(*training, subset, generator)
+        testing = random_part(*testing, subset // 6 or 1, generator)
     return dataset, training, testing
 
 
@@ -261,9 +257,8 @@ def load_small_digits():
     return [(images[part], labels[part]) for part in (order[:1437], order[1437:])]
 
 
-def random_part(data: tuple[Tensor, Tensor], size: int, generator: torch.Generator):
-    """At most `size` random images of (images, labels), with their labels."""
-    images, labels = data
+def random_part(images: Tensor, labels: Tensor, size: int, generator: torch.Generator):
+    """At most `size` random images, with their labels."""
     chosen = torch.randperm(len(labels), generator=generator)[:size]
     return images[chosen], labels[chosen]
 
@@ -364,11 +359,23 @@ def synchronized_time(device: torch.device) -> float:
     return timeit.default_timer()
 
 
-def new_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
-    # This check before each step would start CUDA, also for a model on the CPU. It can be broken.
-    optimizer._accelerator_graph_capture_health_check = lambda: None
-    return optimizer
+def batches(images: Tensor, labels: Tensor, size: int, generator: torch.Generator):
+    """Yield the batches of one epoch, in a new order: images (size, 28, 28), and their labels.
+
+    Args:
+        images: uint8 (N, 28 + 2 * MAX_SHIFT, 28 + 2 * MAX_SHIFT). Each batch takes a slice of
+            28 x 28 at a random place.
+        labels: int64 (N,).
+    """
+    # The CPU draws all random numbers of an epoch at once. So the steps never wait for the device,
+    # and the order is the same on every kind of device.
+    order = torch.randperm(len(images), generator=generator).to(images.device)
+    parts = order.split(size)
+    corners = torch.randint(2 * MAX_SHIFT + 1, (len(parts), 2), generator=generator)
+    for indices, (top, left) in zip(parts, corners.tolist()):
+        # index_select copies whole images; images[indices] would take ten times as long.
+        padded = images.index_select(0, indices)
+        yield padded[:, top : top + 28, left : left + 28], labels[indices]
 
 
 def train(
@@ -382,7 +389,6 @@ def train(
     batch_size: int,
     seed: int,
     title: str = "",
-    after_epoch=None,
 ) -> float:
     """Train a model in place and return the seconds of the training steps alone.
 
@@ -392,14 +398,12 @@ def train(
     stay in float32.
 
     Args:
-        images: uint8 (N, 28 + 2 * MAX_SHIFT, 28 + 2 * MAX_SHIFT). Each batch takes a slice of
-            28 x 28 at a random place.
+        images: uint8 (N, 28, 28). Each batch is shifted at random.
         labels: int64 (N,).
         epochs_before: as many epochs of this seed the model has seen; the training goes on with
             the next ones.
         lr: the peak of the one-cycle schedule.
-        seed: decides the order of the images, and the slices.
-        after_epoch: is called with the accuracy on the epoch's training images, in percent.
+        seed: decides the order of the images, and the shifts.
 
     Raises ExperimentError if a weight becomes NaN or infinite.
     """
@@ -407,56 +411,38 @@ def train(
 
     device = images.device
     mixed_precision = torch.autocast(device.type, torch.bfloat16, enabled=computes_bfloat16(device))
-    generator = torch.Generator().manual_seed(seed)
-    steps = math.ceil(len(images) / batch_size)
-
-    def draw_epoch():
-        """The order of the images, and a slice's place for each step."""
-        # The CPU draws all random numbers of an epoch at once. So the steps never wait for the
-        # device, and the order is the same on every kind of device.
-        order = torch.randperm(len(images), generator=generator).to(device)
-        shifts = torch.randint(2 * MAX_SHIFT + 1, (steps, 2), generator=generator)
-        return order, shifts.tolist()
-
-    def step(model, optimizer, indices, top, left):
-        """One step; returns how many of its images the model got right before it."""
-        target = labels[indices]
-        # index_select copies whole images; images[indices] would take ten times as long.
-        padded = images.index_select(0, indices)
-        shifted = padded[:, top : top + 28, left : left + 28]
-        with mixed_precision:
-            logits = model(normalize(shifted)).float()
-        F.cross_entropy(logits, target, label_smoothing=LABEL_SMOOTHING).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return (logits.detach().argmax(1) == target).sum()
-
-    # The first step takes longer: torch chooses its kernels. So a copy takes one before the clock.
     model.train()
-    spare = copy.deepcopy(model)
-    first_images = torch.arange(min(batch_size, len(images)), device=device)
-    step(spare, new_optimizer(spare, lr), first_images, 0, 0)
+    # The first step takes longer: torch chooses its kernels. So a copy takes one before the clock.
+    with mixed_precision:
+        copy.deepcopy(model)(normalize(images[:batch_size])).sum().backward()
 
-    optimizer = new_optimizer(model, lr)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
+    # This check before each step would start CUDA, also for a model on the CPU. It can be broken.
+    optimizer._accelerator_graph_capture_health_check = lambda: None
+    steps = epochs * math.ceil(len(images) / batch_size)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    padded = F.pad(images, [MAX_SHIFT] * 4)  # with background
+    generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs_before):
-        draw_epoch()
+        next(batches(padded, labels, batch_size, generator))  # draws all numbers of an epoch
     seconds = 0.0
     progress = trange(epochs, desc=title, unit="epoch")
     for _ in progress:
         start = synchronized_time(device)
-        order, shifts = draw_epoch()
-        correct = 0
-        for indices, (top, left) in zip(order.split(batch_size), shifts):
-            correct += step(model, optimizer, indices, top, left)
+        right = 0
+        for batch, target in batches(padded, labels, batch_size, generator):
+            with mixed_precision:
+                logits = model(normalize(batch)).float()
+            F.cross_entropy(logits, target, label_smoothing=LABEL_SMOOTHING).backward()
+            optimizer.step()
+            optimizer.zero_grad()
             scheduler.step()
+            right += (logits.detach().argmax(1) == target).sum()
         seconds += synchronized_time(device) - start
         if not all(parameter.isfinite().all() for parameter in model.parameters()):
-            raise ExperimentError(f"{title}: the loss diverged; lower --lr (now {lr:g})")
-        accuracy = 100 * correct.item() / len(images)
-        progress.set_postfix_str(f"{accuracy:.2f} % of the training images right")
-        if after_epoch:
-            after_epoch(accuracy)
+            raise ExperimentError(f"{title}: the loss diverged; lower --lr")
+        share = 100 * right.item() / len(images)
+        progress.set_postfix_str(f"{share:.2f} % of the training images right")
     return seconds
 
 
@@ -723,13 +709,13 @@ def row_of_baseline(path: Path, settings: dict, testing) -> dict:
     return {**row, **evaluate(model, *testing), "kind": "given"}
 
 
-def train_evaluate_save(model: CNN, row: dict, path: Path, training, testing, after_epoch) -> dict:
+def train_evaluate_save(model: CNN, row: dict, path: Path, training, testing) -> dict:
     """Train a model as its row says, evaluate it, and save both. Returns the complete row."""
     model.to(training[0].device, memory_format=torch.channels_last)  # the faster layout
     accuracy_before = evaluate(model, *testing)["accuracy"]
     settings = {key: row[key] for key in "epochs epochs_before lr batch_size seed".split()}
     title = f"{row['name']}, seed {row['seed']}"
-    seconds = train(model, *training, **settings, title=title, after_epoch=after_epoch)
+    seconds = train(model, *training, **settings, title=title)
     row = {
         **row,
         "parameters": count_parameters(model),
@@ -797,13 +783,10 @@ def main(argv: list[str] | None = None) -> list[dict]:
         """Train, evaluate and save a model, and add its row. Returns the path of its file."""
         row = {"name": name, "kind": kind, "seed": seed, "pruner": pruner, "sparsity": sparsity}
         row |= {"epochs": epochs, "epochs_before": epochs_before, **settings}
-        # After each epoch, NNI's assessor may stop a trial. It learns the accuracy on training
-        # images, because the test images must not decide anything.
-        after_epoch = nni.report_intermediate_result if is_trial and kind == "pruned" else None
         # The models of the first seed lie in the folder itself.
         models_dir = folder if seed == args.seeds[0] else folder / f"seed_{seed}"
         path = models_dir / f"{name}.pth"
-        rows.append(train_evaluate_save(model, row, path, training, testing, after_epoch))
+        rows.append(train_evaluate_save(model, row, path, training, testing))
         write(results, pd.DataFrame(rows).to_csv(index=False).encode())
         return path
 
