@@ -198,7 +198,7 @@ def test_unfit_parameters_are_named(call, monkeypatch, parameters, named):
 
 def test_what_a_trial_reports(tmp_path):
     """Without NNI's manager: parameters come from parameter.cfg, metrics go to .nni/metrics."""
-    given = {"pruner": "FPGMPruner", "sparsity": 0.75, "finetune_epochs": 2, "lr": 0.02}
+    given = {"pruner": "FPGMPruner", "sparsity": 0.75, "finetune_epochs": 2.0, "lr": 0.02}
     text = json.dumps({"parameter_id": 0, "parameters": given})
     (tmp_path / "parameter.cfg").write_text(text, encoding="utf-8")
     trial = {"NNI_PLATFORM": "local", "NNI_TRIAL_JOB_ID": "one", "NNI_SYS_DIR": "."}
