@@ -67,12 +67,9 @@ DEVIATION = 0.3081  # standard deviation of the same pixels
 SETTINGS = (
     "dataset train_images test_images baseline_epochs finetune_epochs batch_size lr finetune_lr"
 ).split()
-COLUMNS = [
-    *"name kind seed pruner sparsity epochs epochs_before".split(),
-    *SETTINGS,
-    *"hardware versions parameters macs accuracy_before training_seconds".split(),
-    *"accuracy wrong inference_us".split(),
-]
+COLUMNS = [*"name kind seed pruner sparsity epochs epochs_before".split(), *SETTINGS]
+COLUMNS += "hardware versions parameters macs accuracy_before training_seconds".split()
+COLUMNS += "accuracy wrong inference_us".split()
 MARGIN = 0.1  # percentage points: accuracies that differ by less count as equal
 
 
@@ -411,8 +408,7 @@ def train(
     stay in float32.
 
     Args:
-        images: uint8 (N, 28, 28). Each batch is shifted at random.
-        labels: int64 (N,).
+        images, labels: uint8 (N, 28, 28), int64 (N,). Each batch is shifted at random.
         epochs_before: as many epochs of this seed the model has seen; the training goes on with
             the next ones.
         lr: the peak of the one-cycle schedule.
@@ -534,7 +530,7 @@ def read_results(path: Path):
         if frame.empty:
             raise ValueError("it has no rows")
         # A given baseline may have been trained otherwise.
-        values = frame[frame["kind"] == "pruned"][SETTINGS].nunique()
+        values = frame.query("kind == 'pruned'")[SETTINGS].nunique()
         if values.max() > 1:
             raise ValueError(f"its models differ in {' and '.join(values[values > 1].index)}")
     except Exception as error:  # a file can hold anything
@@ -615,7 +611,7 @@ def results_table(frame) -> str:
             "inference\nus": f"{mean['inference_us']:.1f}",
         }
         # An interrupted run has not trained each model with each seed.
-        baseline = frame[(frame["name"] == "baseline") & frame["seed"].isin(model["seed"])]
+        baseline = frame.query("name == 'baseline' and seed in @model.seed")
         if len(baseline):  # exported trials have none
             times = baseline.mean(numeric_only=True) / mean
             line["times\nfewer"] = f"{times['parameters']:.1f}x"
@@ -672,7 +668,7 @@ def draw(frame, path: Path):
 
     figure = Figure(figsize=(9, 4), dpi=160, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    baseline = frame[frame["name"] == "baseline"]["training_seconds"]
+    baseline = frame.query("name == 'baseline'")["training_seconds"]
     for name, model in frame.groupby("name", sort=False):
         color = COLORS.get(model["pruner"].iloc[0], "#595959")  # grey: by neither pruner
         accuracy = model["accuracy"]
@@ -784,11 +780,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     training = [values.to(device) for values in training]
     testing = [values.to(device) for values in testing]
 
-    data = {
-        "dataset": dataset,
-        "train_images": len(training[1]),
-        "test_images": len(testing[1]),
-    }
+    data = {"dataset": dataset, "train_images": len(training[1]), "test_images": len(testing[1])}
     given = row_of_baseline(args.baseline, data, testing) if args.baseline else None
     epochs = given["epochs"] if given else args.epochs or EPOCHS[dataset]
     finetune_epochs = args.finetune_epochs or epochs
