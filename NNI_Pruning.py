@@ -64,9 +64,13 @@ MAX_SHIFT = 1  # training images move by up to this many pixels, vertically and 
 MEAN = 0.1307  # of MNIST's training pixels, scaled to 0..1
 DEVIATION = 0.3081  # standard deviation of the same pixels
 
-# Runs can be compared if these columns of results.csv are equal.
-DATA = ("dataset", "train_images", "test_images")
-SETTINGS = (*DATA, "baseline_epochs", "finetune_epochs", "batch_size", "lr")
+# The columns of results.csv. Runs can be compared if their SETTINGS are equal.
+SETTINGS = (
+    "dataset train_images test_images baseline_epochs finetune_epochs batch_size lr finetune_lr"
+).split()
+COLUMNS = [*"name kind seed pruner sparsity epochs epochs_before".split(), *SETTINGS]
+COLUMNS += "hardware versions parameters macs accuracy_before training_seconds".split()
+COLUMNS += "accuracy wrong inference_us".split()
 MARGIN = 0.1  # percentage points: accuracies that differ by less count as equal
 
 
@@ -87,16 +91,18 @@ def parse_options(arguments: list[str], is_trial: bool) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     option = parser.add_argument
-    count = number_between(int, 0, math.inf)
-    seed = number_between(int, -1, 2**63)
-    sparsity = number_between(float, 1 / max(WIDTHS), 1)  # a lower one removes no channel
+    count = number_between(1, math.inf)
+    seed = number_between(0, 2**32)  # torch takes the last 32 bits of a larger one
+    rate = number_between(1e-9, math.inf)  # a lower one changes no weight
+    sparsity = number_between(1 / max(WIDTHS), 1)  # a lower one removes no channel
     option("--data-dir", type=Path, default="data", help="MNIST's folder")
     option("--dataset", choices=EPOCHS, help="mnist, or digits if it cannot be downloaded")
     option("--checkpoint-dir", type=Path, default="checkpoints", help="folder for all results")
     option("--epochs", type=count, help=f"epochs of the baseline; None means {EPOCHS}")
-    option("--finetune-epochs", type=count, help="of each pruned model; None means --epochs")
+    option("--finetune-epochs", type=count, help="of each pruned model; None: as the baseline")
     option("--batch-size", type=count, help=f"in images; None means {BATCH_SIZE}")
-    option("--lr", type=number_between(float, 0, math.inf), default=LEARNING_RATE, help="peak rate")
+    option("--lr", type=rate, default=LEARNING_RATE, help="peak rate from random weights")
+    option("--finetune-lr", type=rate, help="peak rate of the fine-tuning; None means --lr")
     option("--sparsity", type=sparsity, nargs="+", default=SPARSITIES, help="channels to remove")
     option("--pruner", nargs="+", choices=PRUNERS, default=PRUNERS, help="pruners to compare")
     option("--subset", type=count, help="train on so many images, test on a sixth as many")
@@ -104,22 +110,28 @@ def parse_options(arguments: list[str], is_trial: bool) -> argparse.Namespace:
     option("--controls", action="store_true", help="add models to compare with: see the README")
     option("--device", choices=("cpu", "cuda", "mps"), default="cpu", help="where to compute")
     option("--baseline", type=Path, help="a saved baseline to start from")
-    option("--report", type=Path, nargs="+", help="only show these results.csv files")
+    option("--report", type=Path, help="only show this results.csv file")
 
     args = parser.parse_args(arguments)
+    if args.baseline and args.epochs:
+        parser.error("--epochs is for a baseline to be trained: leave it out with --baseline")
     if is_trial and len(args.pruner) * len(args.sparsity) * len(args.seeds) > 1:
         parser.error("a trial of an NNI experiment needs one --pruner, one --sparsity, one --seed")
     return args
 
 
-def number_between(convert: type, low: float, high: float):
-    """A `type` for argparse: a number between two others, both excluded."""
+def number_between(low: float, high: float):
+    """A `type` for argparse: a number of the same type as `low`, at least `low` and below `high`.
+
+    A whole number may be given as 2.0: a search space of NNI can.
+    """
 
     def number(text):
-        value = convert(text)
-        if not low < value < high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
-        return value
+        value = float(text)
+        if not low <= value < high or type(low)(value) != value:
+            allowed = f"{type(low).__name__} in [{low:g}, {high:g})"
+            raise argparse.ArgumentTypeError(f"{text} is no {allowed}")
+        return type(low)(value)
 
     return number
 
@@ -148,12 +160,15 @@ def import_nni():
     return nni
 
 
-def prepare_processor():
-    """Use no more threads than processors that this process may use, and keep freed memory."""
+def limit_threads():
+    """Use no more threads than processors that this process may use."""
     if "OMP_NUM_THREADS" not in os.environ:  # else the user has decided
         from joblib import cpu_count  # reads affinity and a container's quota
 
         torch.set_num_threads(min(torch.get_num_threads(), cpu_count()))
+
+
+def keep_freed_memory():
     # Linux's C library gives the memory of large tensors back to the system, and asks for it again
     # in the next step. This can slow the baseline by half, and not the small models.
     with contextlib.suppress(AttributeError):  # macOS and Windows have no mallopt
@@ -200,10 +215,8 @@ def load_data(requested: str | None, data_dir: Path, subset: int | None):
     """Load "mnist" or "digits". None means MNIST, or the digits if it cannot be downloaded.
 
     Returns the name of the dataset, (images, labels) for training, and the same for testing. Images
-    are uint8 (N, 28, 28). Training images have MAX_SHIFT more pixels of background on each side:
-    `train` cuts 28 x 28 pixels at a random place, which shifts the image. Labels are int64 (N,).
-    With `subset`, there are that many training images and a sixth as many test images, the same for
-    every seed.
+    are uint8 (N, 28, 28), labels int64 (N,). With `subset`, there are that many training images and
+    a sixth as many test images, the same for every seed.
 
     Raises ExperimentError if MNIST cannot be read, or is asked for and cannot be downloaded.
     """
@@ -220,10 +233,8 @@ def load_data(requested: str | None, data_dir: Path, subset: int | None):
         training, testing = load_small_digits()
     if subset is not None:
         generator = torch.Generator().manual_seed(0)
-        training = random_part(training, subset, generator)
-        testing = random_part(testing, subset // 6 or 1, generator)
-    images, labels = training
-    training = (F.pad(images, [MAX_SHIFT] * 4), labels)
+        training = random_part(*training, subset, generator)
+        testing = random_part(*testing, subset // 6 or 1, generator)
     return dataset, training, testing
 
 
@@ -259,9 +270,8 @@ def load_small_digits():
     return [(images[part], labels[part]) for part in (order[:1437], order[1437:])]
 
 
-def random_part(data: tuple[Tensor, Tensor], size: int, generator: torch.Generator):
-    """At most `size` random images of (images, labels), with their labels."""
-    images, labels = data
+def random_part(images: Tensor, labels: Tensor, size: int, generator: torch.Generator):
+    """At most `size` random images, with their labels."""
     chosen = torch.randperm(len(labels), generator=generator)[:size]
     return images[chosen], labels[chosen]
 
@@ -340,9 +350,7 @@ def load_checkpoint(path: Path) -> tuple[CNN, dict]:
         model = CNN([len(weights[f"{layer}.weight"]) for layer in LAYERS])
         model.load_state_dict(weights)
     except Exception as error:  # a damaged file can make torch raise almost any error
-        raise ExperimentError(
-            f"{path} is not a model of this script ({one_line(error)})"
-        ) from error
+        raise ExperimentError(f"{path} is no model of this script: {one_line(error)}") from error
     return model.eval(), row
 
 
@@ -362,11 +370,23 @@ def synchronized_time(device: torch.device) -> float:
     return timeit.default_timer()
 
 
-def new_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
-    # This check before each step would start CUDA, also for a model on the CPU. It can be broken.
-    optimizer._accelerator_graph_capture_health_check = lambda: None
-    return optimizer
+def batches(images: Tensor, labels: Tensor, size: int, generator: torch.Generator):
+    """Yield the batches of one epoch, in a new order: images (size, 28, 28), and their labels.
+
+    Args:
+        images: uint8 (N, 28 + 2 * MAX_SHIFT, 28 + 2 * MAX_SHIFT). Each batch takes a slice of
+            28 x 28 at a random place.
+        labels: int64 (N,).
+    """
+    # The CPU draws all random numbers of an epoch at once. So the steps never wait for the device,
+    # and the order is the same on every kind of device.
+    order = torch.randperm(len(images), generator=generator).to(images.device)
+    parts = order.split(size)
+    corners = torch.randint(2 * MAX_SHIFT + 1, (len(parts), 2), generator=generator)
+    for indices, (top, left) in zip(parts, corners.tolist()):
+        # index_select copies whole images; images[indices] would take ten times as long.
+        padded = images.index_select(0, indices)
+        yield padded[:, top : top + 28, left : left + 28], labels[indices]
 
 
 def train(
@@ -380,7 +400,6 @@ def train(
     batch_size: int,
     seed: int,
     title: str = "",
-    after_epoch=None,
 ) -> float:
     """Train a model in place and return the seconds of the training steps alone.
 
@@ -390,14 +409,11 @@ def train(
     stay in float32.
 
     Args:
-        images: uint8 (N, 28 + 2 * MAX_SHIFT, 28 + 2 * MAX_SHIFT). Each batch takes a slice of
-            28 x 28 at a random place.
-        labels: int64 (N,).
+        images, labels: uint8 (N, 28, 28), int64 (N,). Each batch is shifted at random.
         epochs_before: as many epochs of this seed the model has seen; the training goes on with
             the next ones.
         lr: the peak of the one-cycle schedule.
-        seed: decides the order of the images, and the slices.
-        after_epoch: is called with the accuracy on the epoch's training images, in percent.
+        seed: decides the order of the images, and the shifts.
 
     Raises ExperimentError if a weight becomes NaN or infinite.
     """
@@ -405,56 +421,38 @@ def train(
 
     device = images.device
     mixed_precision = torch.autocast(device.type, torch.bfloat16, enabled=computes_bfloat16(device))
-    generator = torch.Generator().manual_seed(seed)
-    steps = math.ceil(len(images) / batch_size)
-
-    def draw_epoch():
-        """The order of the images, and a slice's place for each step."""
-        # The CPU draws all random numbers of an epoch at once. So the steps never wait for the
-        # device, and the order is the same on every kind of device.
-        order = torch.randperm(len(images), generator=generator).to(device)
-        shifts = torch.randint(2 * MAX_SHIFT + 1, (steps, 2), generator=generator)
-        return order, shifts.tolist()
-
-    def step(model, optimizer, indices, top, left):
-        """One step; returns how many of its images the model got right before it."""
-        target = labels[indices]
-        # index_select copies whole images; images[indices] would take ten times as long.
-        padded = images.index_select(0, indices)
-        shifted = padded[:, top : top + 28, left : left + 28]
-        with mixed_precision:
-            logits = model(normalize(shifted)).float()
-        F.cross_entropy(logits, target, label_smoothing=LABEL_SMOOTHING).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return (logits.detach().argmax(1) == target).sum()
-
-    # The first step takes longer: torch chooses its kernels. So a copy takes one before the clock.
     model.train()
-    spare = copy.deepcopy(model)
-    first_images = torch.arange(min(batch_size, len(images)), device=device)
-    step(spare, new_optimizer(spare, lr), first_images, 0, 0)
+    # The first step takes longer: torch chooses its kernels. So a copy takes one before the clock.
+    with mixed_precision:
+        copy.deepcopy(model)(normalize(images[:batch_size])).sum().backward()
 
-    optimizer = new_optimizer(model, lr)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
+    # This check before each step would start CUDA, also for a model on the CPU. It can be broken.
+    optimizer._accelerator_graph_capture_health_check = lambda: None
+    steps = epochs * math.ceil(len(images) / batch_size)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    padded = F.pad(images, [MAX_SHIFT] * 4)  # with background
+    generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs_before):
-        draw_epoch()
+        next(batches(padded, labels, batch_size, generator))  # draws all numbers of an epoch
     seconds = 0.0
     progress = trange(epochs, desc=title, unit="epoch")
     for _ in progress:
         start = synchronized_time(device)
-        order, shifts = draw_epoch()
-        correct = 0
-        for indices, (top, left) in zip(order.split(batch_size), shifts):
-            correct += step(model, optimizer, indices, top, left)
+        right = 0
+        for batch, target in batches(padded, labels, batch_size, generator):
+            with mixed_precision:
+                logits = model(normalize(batch)).float()
+            F.cross_entropy(logits, target, label_smoothing=LABEL_SMOOTHING).backward()
+            optimizer.step()
+            optimizer.zero_grad()
             scheduler.step()
+            right += (logits.detach().argmax(1) == target).sum()
         seconds += synchronized_time(device) - start
         if not all(parameter.isfinite().all() for parameter in model.parameters()):
-            raise ExperimentError(f"{title}: the loss diverged; lower --lr (now {lr:g})")
-        accuracy = 100 * correct.item() / len(images)
-        progress.set_postfix_str(f"{accuracy:.2f} % of the training images right")
-        if after_epoch:
-            after_epoch(accuracy)
+            raise ExperimentError(f"{title}: the loss diverged; lower --lr or --finetune-lr")
+        share = 100 * right.item() / len(images)
+        progress.set_postfix_str(f"{share:.2f} % of the training images right")
     return seconds
 
 
@@ -520,32 +518,25 @@ def prune_cnn(model: CNN, pruner: str, sparsity: float, scored: CNN | None = Non
 
 
 # ---------------------------------------------------------------------- results, report
-def read_results(paths: list[Path]):
-    """The rows of results.csv files, or of the trials that NNI has exported, as a DataFrame.
+def read_results(path: Path):
+    """The rows of a results.csv file, or of the trials that NNI has exported, as a DataFrame.
 
-    Raises ExperimentError if they are not that, or do not belong together.
+    Raises ExperimentError if it is not that, or if the trials cannot be compared.
     """
     import pandas as pd
 
     try:
         # "wrong" is text, also where it is one number or empty.
-        frames = [pd.read_csv(path, dtype={"wrong": str}) for path in paths]
-        frame = pd.concat(frames, ignore_index=True).fillna({"wrong": ""})
-        # The trials of an NNI experiment have the same baseline, so its row can be there often.
-        frame = frame.drop_duplicates(["name", "seed", "accuracy", "wrong"], ignore_index=True)
-        if frame.duplicated(["name", "seed"]).any():
-            raise ValueError("a model has two different results of the same seed")
-        for setting in SETTINGS:
-            # A given baseline may have been trained otherwise.
-            values = frame.query("kind != 'given'")[setting].unique()
-            if len(values) > 1:
-                raise ValueError(f"the runs differ: {setting} is {' and '.join(map(str, values))}")
+        frame = pd.read_csv(path, usecols=COLUMNS, dtype={"wrong": str}).fillna({"wrong": ""})
+        if frame.empty:
+            raise ValueError("it has no rows")
+        # A given baseline may have been trained otherwise.
+        values = frame.query("kind == 'pruned'")[SETTINGS].nunique()
+        if values.max() > 1:
+            raise ValueError(f"its models differ in {' and '.join(values[values > 1].index)}")
     except Exception as error:  # a file can hold anything
-        raise ExperimentError(
-            f"{' and '.join(map(str, paths))}: no results.csv or exported trials that belong"
-            f" together ({one_line(error)})"
-        ) from error
-    return frame
+        raise ExperimentError(f"{path} cannot be shown: {one_line(error)}") from error
+    return frame.drop_duplicates(["name", "seed"])  # a tuner may try the same twice
 
 
 def comparisons(frame) -> list[dict]:
@@ -569,10 +560,10 @@ def comparisons(frame) -> list[dict]:
             continue
         mean = differences.mean(axis=None)
         half = half_interval(differences)
+        low = mean - half
+        high = mean + half
         line = {"model": model["name"], "compared with": other["name"], "difference": mean}
-        line |= {"low": mean - half, "high": mean + half}
-        line["conclusion"] = conclusion(mean - half, mean + half)
-        lines.append(line)
+        lines.append({**line, "low": low, "high": high, "conclusion": conclusion(low, high)})
     return lines
 
 
@@ -580,13 +571,15 @@ def half_interval(differences) -> float:
     """Half of the 95 % interval of the mean of differences: a row for each seed, a column an image.
 
     The larger of Student's interval over the seeds and the normal one over the images. Few seeds
-    can lie close together by chance. Then the images tell how large a difference has to be.
+    can lie close together by chance. Then the images tell how large a difference has to be. Where
+    hardly any image differs, up to 3.7 of so many could, in every seed (rule of three, 97.5 %).
     """
     from scipy import stats
 
     over_seeds = stats.t.ppf(0.975, len(differences) - 1) * differences.mean(axis=1).sem()
     over_images = stats.norm.ppf(0.975) * differences.mean().sem()
-    return max(over_images, over_seeds)  # of one seed, over_seeds is NaN, which is never larger
+    floor = 370 / differences.shape[1] if differences.any().sum() < 4 else 0
+    return max(floor, over_images, over_seeds)  # of one seed, over_seeds is NaN: never larger
 
 
 def conclusion(low: float, high: float) -> str:
@@ -604,12 +597,10 @@ def results_table(frame) -> str:
 
     tabulate.MIN_PADDING = 0  # a heading needs no more room than its words
     frame = frame.assign(wrong=frame["wrong"].str.count(r"\d+"))
-    models = frame.groupby("name", sort=False)
-    means = models.mean(numeric_only=True)
-    spreads = models["wrong"].std()  # NaN for one seed
     lines = []
-    for name, mean in means.iterrows():
-        spread = f" +- {spreads[name]:.0f}" if spreads[name] >= 0 else ""
+    for name, model in frame.groupby("name", sort=False):
+        mean = model.mean(numeric_only=True)
+        spread = f" +- {model['wrong'].std():.0f}" if len(model) > 1 else ""
         line = {
             "model": name,
             "before\ntraining": f"{mean['accuracy_before']:.2f}",
@@ -620,8 +611,10 @@ def results_table(frame) -> str:
             "train\ns": f"{mean['training_seconds']:.1f}",
             "inference\nus": f"{mean['inference_us']:.1f}",
         }
-        if "baseline" in means.index:  # exported trials have none
-            times = means.loc["baseline"] / mean
+        # An interrupted run has not trained each model with each seed.
+        baseline = frame.query("name == 'baseline' and seed in @model.seed")
+        if len(baseline):  # exported trials have none
+            times = baseline.mean(numeric_only=True) / mean
             line["times\nfewer"] = f"{times['parameters']:.1f}x"
             line["times\nfaster"] = f"{times['inference_us']:.1f}x"
         lines.append(line)
@@ -634,12 +627,13 @@ def report(frame) -> str:
     """What was run, the table of the models, and what can be concluded from it."""
     from tabulate import tabulate
 
-    run = frame.iloc[-1]  # the first can be a baseline of another run
+    run = frame.iloc[-1]  # the first can be a given baseline, of another run
     data = "MNIST" if run["dataset"] == "mnist" else "scikit-learn digits, NOT MNIST"
     parts = [
-        f"{data} ({run['train_images']:,} training and {run['test_images']:,} test images);"
-        f" {run['baseline_epochs']} + {run['finetune_epochs']} epochs;"
-        f" seeds {', '.join(map(str, frame['seed'].unique()))};\n"
+        f"{data} ({run['train_images']:,} training and {run['test_images']:,} test images)\n"
+        f"{run['baseline_epochs']} + {run['finetune_epochs']} epochs;"
+        f" peak rates {run['lr']:g} + {run['finetune_lr']:g};"
+        f" seeds {', '.join(map(str, frame['seed'].unique()))}\n"
         f"{' and '.join(frame['hardware'].unique())}; {' and '.join(frame['versions'].unique())}",
         results_table(frame),
     ]
@@ -675,14 +669,13 @@ def draw(frame, path: Path):
 
     figure = Figure(figsize=(9, 4), dpi=160, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    baseline_seconds = frame[frame["name"] == "baseline"]["training_seconds"].mean()
+    baseline = frame.query("name == 'baseline'")["training_seconds"]
     for name, model in frame.groupby("name", sort=False):
         color = COLORS.get(model["pruner"].iloc[0], "#595959")  # grey: by neither pruner
         accuracy = model["accuracy"]
         left.plot(accuracy, [name] * len(accuracy), "|", color=color)
         left.errorbar(accuracy.mean(), name, xerr=accuracy.std(), fmt="o", color=color)
-        is_later = model["epochs_before"].any() and baseline_seconds > 0  # not NaN
-        earlier = baseline_seconds if is_later else 0
+        earlier = baseline.mean() if len(baseline) and model["epochs_before"].any() else 0
         seconds = model["training_seconds"].mean()
         right.barh(name, earlier, color="#cccccc")
         bar = right.barh(name, seconds, left=earlier, color=color)
@@ -705,45 +698,61 @@ def trial_options() -> list[str]:
     return [f"--{name.replace('_', '-')}={value}" for name, value in parameters.items()]
 
 
-def row_of_baseline(path: Path, settings: dict, testing) -> dict:
+def row_of_baseline(path: Path, data: dict, testing) -> dict:
     """The row of a saved baseline, evaluated here.
 
-    Raises ExperimentError if it was trained on other images.
+    Raises ExperimentError if it was trained on other images, or does not say for how many epochs.
     """
     model, row = load_checkpoint(path)
-    expected = {**settings, "name": "baseline"}
-    for key in ("name", *DATA):
-        if row.get(key) != expected[key]:
-            raise ExperimentError(f"{path} does not fit: its {key} is not {expected[key]}")
+    wanted = {"name": "baseline", **data}
+    if not row.get("epochs") or not wanted.items() <= row.items():
+        raise ExperimentError(f"{path} does not fit: it needs epochs, and {wanted}")
     model.to(testing[0].device, memory_format=torch.channels_last)  # as the other models
     return {**row, **evaluate(model, *testing), "kind": "given"}
 
 
-def train_evaluate_save(model: CNN, row: dict, path: Path, training, testing, after_epoch) -> dict:
-    """Train a model as its row says, evaluate it, and save both. Returns the complete row."""
-    model.to(training[0].device, memory_format=torch.channels_last)  # the faster layout
-    accuracy_before = evaluate(model, *testing)["accuracy"]
-    settings = {key: row[key] for key in "epochs epochs_before lr batch_size seed".split()}
-    title = f"{row['name']}, seed {row['seed']}"
-    seconds = train(model, *training, **settings, title=title, after_epoch=after_epoch)
-    row = {
-        **row,
-        "parameters": count_parameters(model),
-        "macs": count_macs(model),
-        "accuracy_before": accuracy_before,
-        "training_seconds": seconds,
-        **evaluate(model, *testing),
-    }
-    save_model(path, model, row)
-    return row
+def networks(seed: int, saved: Path, pruners, sparsities, epochs, finetune_epochs, controls: bool):
+    """Yield the networks of one seed, in the order of the experiment, before their training.
+
+    Each as its name, kind, columns of its own, and CNN. The first is the baseline: before the next,
+    the caller trains it and saves it as `saved`.
+    """
+    # 1. The baseline.
+    torch.manual_seed(seed)
+    yield "baseline", "baseline", {"epochs": epochs, "epochs_before": 0}, CNN()
+
+    # 2. The baseline, pruned with each pruner at each sparsity.
+    later = {"epochs": finetune_epochs, "epochs_before": epochs}
+    widths = {}  # by sparsity; all pruners remove equally many
+    for pruner, sparsity in product(dict.fromkeys(pruners), dict.fromkeys(sparsities)):  # each once
+        model = prune_cnn(load_model(saved), pruner, sparsity)
+        widths[sparsity] = model.widths
+        own = {"pruner": pruner, "sparsity": sparsity, **later}
+        yield f"{pruner}_{sparsity}", "pruned", own, model
+
+    # 3. The controls: the baseline for as many more epochs as a pruned model; models that lose
+    # filters chosen at random; networks of the pruned sizes from random weights, for all epochs
+    # together and for the fine-tuning's.
+    if not controls:
+        return
+    yield f"baseline_{finetune_epochs}_more_epochs", "trained_on", later, load_model(saved)
+    torch.manual_seed(-1 - seed)  # other weights than those from which the baseline started
+    random = CNN()
+    for sparsity in widths:
+        model = prune_cnn(load_model(saved), "L1NormPruner", sparsity, scored=random)
+        yield f"random_{sparsity}", "random", {"sparsity": sparsity, **later}, model
+    for sparsity, length in product(widths, (epochs + finetune_epochs, finetune_epochs)):
+        torch.manual_seed(seed)
+        own = {"sparsity": sparsity, "epochs": length, "epochs_before": 0}
+        yield f"scratch_{sparsity}_{length}_epochs", "scratch", own, CNN(widths[sparsity])
 
 
-def show(paths: list[Path], picture: Path):
-    """Print the report of results.csv files, and draw it."""
-    frame = read_results(paths)
+def show(path: Path):
+    """Print the report of a results.csv file, and draw it beside the file."""
+    frame = read_results(path)
     print(report(frame))
-    draw(frame, picture)
-    print(f"\nSaved: {picture}")
+    draw(frame, path.with_suffix(".png"))
+    print(f"\nSaved: {path.with_suffix('.png')}")
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
@@ -752,14 +761,17 @@ def main(argv: list[str] | None = None) -> list[dict]:
 
     is_trial = "NNI_PLATFORM" in os.environ
     arguments = sys.argv[1:] if argv is None else argv
-    args = parse_options([*arguments, *(trial_options() if is_trial else [])], is_trial)
+    if is_trial:
+        arguments = [*arguments, *trial_options()]
+    args = parse_options(arguments, is_trial)
     if args.report:
-        show(args.report, args.report[0].with_name("report.png"))
+        show(args.report)
         return []
 
     # What is wrong with NNI, the device or the folder shows here, before anything is trained.
     nni = import_nni()
-    prepare_processor()
+    limit_threads()
+    keep_freed_memory()
     device = select_device(args.device)
     folder = args.checkpoint_dir / os.environ.get("NNI_TRIAL_JOB_ID", "")  # of a trial: its own
     probe = folder / ".writable"
@@ -768,79 +780,57 @@ def main(argv: list[str] | None = None) -> list[dict]:
     dataset, training, testing = load_data(args.dataset, args.data_dir, args.subset)
     training = [values.to(device) for values in training]
     testing = [values.to(device) for values in testing]
-    epochs = args.epochs or EPOCHS[dataset]
+
+    data = {"dataset": dataset, "train_images": len(training[1]), "test_images": len(testing[1])}
+    given = row_of_baseline(args.baseline, data, testing) if args.baseline else None
+    epochs = given["epochs"] if given else args.epochs or EPOCHS[dataset]
     finetune_epochs = args.finetune_epochs or epochs
     precision = "bfloat16" if computes_bfloat16(device) else "float32"
     settings = {
-        "dataset": dataset,
-        "train_images": len(training[1]),
-        "test_images": len(testing[1]),
+        **data,
         "baseline_epochs": epochs,
         "finetune_epochs": finetune_epochs,
         "batch_size": args.batch_size or BATCH_SIZE[dataset],
         "lr": args.lr,
+        "finetune_lr": args.finetune_lr or args.lr,
         "hardware": f"{device.type}, {torch.get_num_threads()} threads, {precision}",
         "versions": f"torch {torch.__version__}, NNI {version('nni')}",
     }
-    if args.baseline:
-        given_row = row_of_baseline(args.baseline, settings, testing)
-        epochs = settings["baseline_epochs"] = given_row["epochs"]
-    results = folder / "results.csv"
-    rows = []
 
-    def finish(model, name, kind, seed, epochs, epochs_before=0, pruner=None, sparsity=None):
-        """Train, evaluate and save a model, and add its row. Returns the path of its file."""
-        row = {"name": name, "kind": kind, "seed": seed, "pruner": pruner, "sparsity": sparsity}
-        row |= {"epochs": epochs, "epochs_before": epochs_before, **settings}
-        # After each epoch, NNI's assessor may stop a trial. It learns the accuracy on training
-        # images, because the test images must not decide anything.
-        after_epoch = nni.report_intermediate_result if is_trial and kind == "pruned" else None
+    rows = []
+    results = folder / "results.csv"
+    chosen = (args.pruner, args.sparsity, epochs, finetune_epochs, args.controls)
+    for seed in dict.fromkeys(args.seeds):  # each once
         # The models of the first seed lie in the folder itself.
         models_dir = folder if seed == args.seeds[0] else folder / f"seed_{seed}"
-        path = models_dir / f"{name}.pth"
-        rows.append(train_evaluate_save(model, row, path, training, testing, after_epoch))
-        write(results, pd.DataFrame(rows).to_csv(index=False).encode())
-        return path
+        saved = args.baseline or models_dir / "baseline.pth"
+        for name, kind, own, model in networks(seed, saved, *chosen):
+            if given and kind == "baseline":  # it is trained and saved
+                rows.append({**given, "seed": seed})
+                continue
+            model.to(device, memory_format=torch.channels_last)  # the faster layout
+            row = {"name": name, "kind": kind, "seed": seed, **own, **settings}
+            row["accuracy_before"] = evaluate(model, *testing)["accuracy"]
+            row["training_seconds"] = train(
+                model,
+                *training,
+                epochs=row["epochs"],
+                epochs_before=row["epochs_before"],
+                lr=row["finetune_lr"] if row["epochs_before"] else row["lr"],
+                batch_size=row["batch_size"],
+                seed=seed,
+                title=f"{name}, seed {seed}",
+            )
+            row |= evaluate(model, *testing)
+            row |= {"parameters": count_parameters(model), "macs": count_macs(model)}
+            save_model(models_dir / f"{name}.pth", model, row)
+            rows.append(row)
+            write(results, pd.DataFrame(rows, columns=COLUMNS).to_csv(index=False).encode())
 
-    for seed in dict.fromkeys(args.seeds):  # each once
-        # 1. Train the baseline and save it, unless one is given.
-        if args.baseline:
-            path = args.baseline
-            rows.append({**given_row, "seed": seed})
-        else:
-            torch.manual_seed(seed)
-            path = finish(CNN(), "baseline", "baseline", seed, epochs)
-
-        # 2. Load it, prune it with each pruner at each sparsity, and fine-tune.
-        later = {"seed": seed, "epochs": finetune_epochs, "epochs_before": epochs}
-        widths = {}  # by sparsity; all pruners remove equally many
-        for pruner, sparsity in product(dict.fromkeys(args.pruner), dict.fromkeys(args.sparsity)):
-            model = prune_cnn(load_model(path), pruner, sparsity)
-            widths[sparsity] = model.widths
-            name = f"{pruner}_{sparsity}"
-            finish(model, name, "pruned", pruner=pruner, sparsity=sparsity, **later)
-
-        # 3. Train the controls: the baseline for as many more epochs as a pruned model; models that
-        # lose filters chosen at random; networks of the pruned sizes from random weights, for all
-        # epochs together and for the fine-tuning's.
-        if args.controls:
-            name = f"baseline_{finetune_epochs}_more_epochs"
-            finish(load_model(path), name, "trained_on", **later)
-            torch.manual_seed(-1 - seed)  # no baseline has started from these weights
-            random = CNN()
-            for sparsity in widths:
-                model = prune_cnn(load_model(path), "L1NormPruner", sparsity, scored=random)
-                finish(model, f"random_{sparsity}", "random", sparsity=sparsity, **later)
-            for sparsity, length in product(widths, (epochs + finetune_epochs, finetune_epochs)):
-                torch.manual_seed(seed)
-                name = f"scratch_{sparsity}_{length}_epochs"
-                finish(CNN(widths[sparsity]), name, "scratch", seed, length, sparsity=sparsity)
-
-    # 4. Report.
     if is_trial:
         # The baseline is followed by the trial's pruned model. NNI maximizes "default".
         nni.report_final_result({**rows[1], "default": rows[1]["accuracy"]})
-    show([results], folder / "results.png")
+    show(results)
     print(f"Saved: {folder}{os.sep} (models, results.csv)")
     return rows
 

