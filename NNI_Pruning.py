@@ -839,6 +839,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
 CONVOLUTION = nn.modules.conv._ConvNd  # transposed ones too
 NORM = nn.modules.batchnorm._NormBase  # BatchNorm and InstanceNorm
 STATE = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}  # of all these
+INPUTS = ("in_channels", "in_features")  # the attributes that count a layer's channels
+OUTPUTS = ("out_channels", "out_features", "num_features", "num_parameters")
 # What tells Python a number that is in a tensor, such as the condition of an `if`.
 QUESTIONS = set(
     "__bool__ __int__ __float__ __complex__ __index__ __contains__ __array__"
@@ -851,8 +853,7 @@ def prune(model: nn.Module, pruner: str, sparsity: float, example_input, keep=()
 
     L1NormPruner removes the filters of smallest L1 norm (Li et al. 2017), FPGMPruner those nearest
     to the geometric median of their layer (He et al. 2019). Layers whose outputs are added lose the
-    same channels. For NNI's pruner, their filters of one channel are one long filter: L1NormPruner
-    adds up their norms, FPGMPruner compares the long filters.
+    same channels: NNI takes the mean of their scores.
 
     The copy lacks exactly the channels that NNI's pruner chose. It computes what `model` computes
     with zeros for them: `prune` compares the two at every call of a layer and at the output, in
@@ -898,6 +899,10 @@ def prune(model: nn.Module, pruner: str, sparsity: float, example_input, keep=()
     lines = warnings_about(model, runs, stays)
     if not chosen:
         raise ExperimentError(f"nothing can be pruned. {next(iter(lines), '')}")
+    for name, layer in runs.layers.items():
+        lost = chosen.get(name, torch.tensor(0)).sum()
+        small = compact.get_submodule(name)
+        assert is_channelwise(layer) or outputs_of(layer) - lost == len(filters_of(small))
     for line in lines:
         logging.getLogger("NNI_Pruning").warning(line)
     return compact
@@ -1002,8 +1007,8 @@ def layers_of(network):
 
 
 def outputs_of(layer):
-    names = ("out_channels", "out_features", "num_features", "num_parameters")
-    return next(getattr(layer, name) for name in names if hasattr(layer, name))
+    """The number of its output channels."""
+    return next(getattr(layer, name) for name in OUTPUTS if hasattr(layer, name))
 
 
 def is_depthwise(layer):
@@ -1284,7 +1289,7 @@ def groups_of(runs, reach, stays):
 
 
 def blocks_of(runs, name, readers):
-    """How many blocks of a layer's channels have to lose equally many; 0 if that is impossible.
+    """How many blocks of a layer's channels have to lose equally many.
 
     A block is what a group of a convolution computes or reads, or what a chunk leaves.
     """
@@ -1292,58 +1297,43 @@ def blocks_of(runs, name, readers):
     sizes = [channels // getattr(runs.layers[name], "groups", 1)]
     for reader, labels in readers.items():
         sizes.append(int((labels > 0).sum()))
-        if not is_channelwise(runs.layers[reader]):
-            sizes.append(len(labels) // getattr(runs.layers[reader], "groups", 1))
-    blocks = [channels / size for size in sizes if size < channels]
-    return math.lcm(*map(int, blocks)) if all(block % 1 == 0 for block in blocks) else 0
+        groups = getattr(runs.layers[reader], "groups", 1)
+        if groups > 1 and not is_depthwise(runs.layers[reader]):
+            sizes.append(min(channels, len(labels) // groups))
+    return math.lcm(*(channels // math.gcd(channels, size) for size in sizes))
 
 
 def choose(model, runs, reach, groups, stays, pruner, sparsity):
     """NNI's choice: by layer, a mask of the output channels to remove. Adds to `stays`."""
-    filters = {}  # by the first layer of a group, and layer: a row for each channel
-    blocks = {}
-    for name, group in groups.items():
-        blocks[name] = blocks_of(runs, name, reach[name])
-        if not blocks[name]:
-            reason = "a layer takes a part of them"
-            stays.update({member: stays.get(member, reason) for member in group})
-    for name, group in groups.items():
-        if name in stays:
-            continue
-        channels = outputs_of(runs.layers[name])
-        filters[group[0], name] = filters_of(model.get_submodule(name), channels)
-        for reader, labels in reach[name].items():
-            if is_depthwise(runs.layers[reader]) and (labels > 0).sum() == channels:
-                rows = filters_of(model.get_submodule(reader), len(labels))
-                filters[group[0], reader] = rows[labels > 0]
-    layers = nn.Sequential()  # all Linear, because NNI does not know all classes
+    names = [name for name in groups if name not in stays]
+    layers = nn.Sequential()  # all Linear, because NNI knows few classes
     configs = []
-    for (first, name), rows in filters.items():
+    for number, name in enumerate(names):
         layers.append(nn.Linear(1, 1, bias=False))
-        layers[-1].weight = nn.Parameter(rows)
-        config = {"op_names": [str(len(configs))], "sparse_ratio": sparsity}
-        config |= {"dependency_group_id": first, "internal_metric_block": blocks.get(name, 1)}
+        layers[-1].weight = nn.Parameter(filters_of(model.get_submodule(name)))
+        config = {"op_names": [str(number)], "sparse_ratio": sparsity}
+        config["dependency_group_id"] = groups[name][0]
+        config["internal_metric_block"] = blocks_of(runs, name, reach[name])
         configs.append(config)
     if not configs:
         return {}
     _, masks = getattr(import_nni().compression.pruning, pruner)(layers, configs).compress()
     chosen = {}
-    for number, (_, name) in enumerate(filters):
-        if name in groups:
-            chosen[name] = masks[str(number)]["weight"].amax(1) == 0
-    for name in [name for name, mask in chosen.items() if not mask.any()]:
-        del chosen[name]
-        stays[name] = "sparsity is too low to remove one"
+    for number, name in enumerate(names):
+        mask = masks[str(number)]["weight"].amax(1) == 0
+        if mask.any():
+            chosen[name] = mask
+        else:
+            stays[name] = "sparsity is too low to remove one"
     return chosen
 
 
-def filters_of(layer, channels):
+def filters_of(layer):
+    """The weights of a layer: a row for each output channel."""
     weight = layer.weight.detach().cpu()
-    if weight.dtype != torch.float64:
-        weight = weight.float()
-    if is_transposed(layer) and not is_depthwise(layer):
-        weight = weight.unflatten(0, (layer.groups, -1)).transpose(1, 2)
-    return weight.reshape(channels, -1)
+    if is_transposed(layer):
+        weight = weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
+    return weight.flatten(1) if weight.dtype == torch.float64 else weight.flatten(1).float()
 
 
 # The copy
@@ -1377,13 +1367,10 @@ def cut(layer, inputs, outputs):
             value.data = value.data[outputs]
         elif value.dim() > 1:
             value.data = cut_weight(layer, value.data, inputs, outputs)
-    sizes = {"in_channels": inputs, "in_features": inputs}
-    sizes |= dict.fromkeys(("out_channels", "out_features", "num_features"), outputs)
-    sizes["num_parameters"] = outputs
-    if is_depthwise(layer):
-        sizes["groups"] = inputs
-    for name in vars(layer).keys() & sizes.keys():
-        setattr(layer, name, int(sizes[name].sum()))
+    by_input = (*INPUTS, "groups") if is_depthwise(layer) else INPUTS
+    for names, mask in ((by_input, inputs), (OUTPUTS, outputs)):
+        for name in vars(layer).keys() & names:
+            setattr(layer, name, int(mask.sum()))
 
 
 def cut_weight(layer, weight, inputs, outputs):

@@ -2,21 +2,27 @@
 
 import ast
 import copy
+import logging
+import math
 import sys
+import warnings
+from dataclasses import dataclass
 from importlib.metadata import version
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
 from packaging.version import Version
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import NNI_Pruning as script
 from conftest import ROOT, logits_of, run_python
 
 L1 = "L1NormPruner"
-LAYERS = (nn.Conv2d, nn.Linear)
+LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 parametrize = pytest.mark.parametrize
 
 
@@ -119,14 +125,19 @@ def norms_and_output(model, inputs, dtype):
         torch.rand_like(value, dtype=dtype) if value.is_floating_point() else value.clone()
         for value in inputs
     ]
-    return [model(*tests), *norms]
+    output = model(*tests)
+    return [getattr(output, "logits", output), *norms]
+
+
+def outputs_of(layer):
+    return layer.weight.shape[isinstance(layer, nn.ConvTranspose2d)]
 
 
 def pruned_and_checked(model, inputs, pruner=L1, dtype=torch.float64, keep=()):
     """Prune, and compare with the network whose lost channels are zero, at each layer.
 
-    Uses neither NNI's masks nor what `prune` says: it finds by value which weights are left. Also
-    returns the names of the layers that lost output channels.
+    Uses nothing that `prune` says: it finds by value which weights are left. Also returns the names
+    of the layers that lost output channels, each half of them.
     """
     original = with_distinct_values(model, dtype).eval()
     compact = script.prune(original, pruner, 0.5, inputs, keep)
@@ -134,7 +145,8 @@ def pruned_and_checked(model, inputs, pruner=L1, dtype=torch.float64, keep=()):
     for name, large in original.named_modules():
         if isinstance(large, LAYERS):
             small = compact.get_submodule(name)
-            if len(small.weight) < len(large.weight):
+            assert outputs_of(small) in (outputs_of(large), math.ceil(outputs_of(large) / 2))
+            if outputs_of(small) < outputs_of(large):
                 narrower.append(name)
             for key, value in small.named_parameters():
                 tensor = large.get_parameter(key).data
@@ -168,6 +180,16 @@ class WithOption(nn.Sequential):
         return self.seen
 
 
+class NormAct(nn.BatchNorm2d):
+    def forward(self, x):
+        return F.relu(super().forward(x))
+
+
+@dataclass
+class Output:
+    logits: torch.Tensor
+
+
 def conv(inputs=16, outputs=16, **options):
     return nn.Conv2d(inputs, outputs, 3, padding=1, **options)
 
@@ -189,19 +211,31 @@ def on_tokens(steps, *layers):
     return classifier(conv(), tokens, Net(steps, *layers), tokens)
 
 
+def on_frames(x, net):
+    return net(x.transpose(0, 1).flatten(0, 1)).unflatten(0, (4, 2)).mean(0)
+
+
 IMAGES = torch.rand(2, 3, 8, 8)
 # The mean over channels is another one if channels go. It shows in few outputs.
 GATE = Net(lambda x, b: x * F.hardsigmoid(b(x).mean((1, 2, 3), True)), conv(bias=False))
 GATED = nn.Sequential(conv(3, bias=False), GATE, conv(), end())
 TIED = classifier(conv(), conv(), conv())
 TIED[2].weight = TIED[3].weight
-# The Conv2d and Linear layers that lose channels, the network, and its inputs if not IMAGES.
-# Layer "1.0" is the first one inside the second.
+TWO_NAMES = block(lambda x, b, same: b(x), conv(), nn.Identity())
+TWO_NAMES[1][1] = TWO_NAMES[1][0]
+HOOKED = classifier(conv())
+HOOKED[0].register_forward_hook(lambda layer, args, output: output * 2)
+# The layers that lose channels, the network, and its inputs if not IMAGES. Layer "1.0" is the first
+# one inside the second.
 NETS = {
     # BatchNorm and sigmoid make a removed channel another number than zero.
     "chain": ("0 3", classifier(nn.BatchNorm2d(16), nn.Sigmoid(), conv())),
-    "residual": ("0 1.0 2", block(lambda x, b: b(input=x) * x.sum(1, True) + x, conv())),
+    "residual": ("0 1.0 2", block(lambda x, b: b(input=x) + x, conv())),
     "depthwise": ("0 1 2", classifier(conv(groups=16), conv())),
+    "multiplied": ("0 1 2", classifier(conv(outputs=32, groups=16), conv(32))),
+    "grouped": ("0 1 2", classifier(conv(groups=4), conv())),
+    "transposed": ("0 1 2", classifier(nn.ConvTranspose2d(16, 16, 2, groups=2), conv())),
+    "chunk": ("0 1.0 2", block(lambda x, b: b([*x.chunk(2, 1)][1]), conv(8))),
     "excite": (
         "0 1.0 1.1 2",
         block(
@@ -215,47 +249,63 @@ NETS = {
         "0 1.0 2",
         classifier(Net(lambda x, b: torch.cat([x, torch.cat([b(x)])], axis=1), conv()), conv(32)),
     ),
+    "cat in space": ("0 1.0 2", block(lambda x, b: torch.cat([x, b(x)], 2), conv())),
+    "padded": ("0 2", classifier(nn.ZeroPad2d(1), conv())),
+    "padded with ones": ("2", classifier(nn.ConstantPad2d(1, 1.0), conv())),
     "LayerNorm": (
         "0 3.1",
         on_tokens(lambda x, n, a: a(n(x)), nn.LayerNorm(16), nn.Linear(16, 16)),
     ),
     # The mean over channels changes, by too little for float32.
     "mean": ("2", classifier(Net(lambda x: x * (1 + x.mean() / 1e5)), conv())),
-    "argmax": ("0.2", nn.Sequential(GATED, Net(lambda x: x.argmax(1)))),
+    "spatial attention": ("2", block(lambda x, b: x * b(x.mean(1, True)), conv(1, 1))),
+    "argmax": ("0.0 0.2", nn.Sequential(GATED, Net(lambda x: x.argmax(1)))),
     "fixed view": ("2", classifier(Net(lambda x: x.view(2, 4, 16, 16)), conv(4))),
     "parameter": ("2", block(lambda x, b: x * F.relu(b.bias)[:, None, None], conv())),
+    "fusion": ("0 1.0 2", block(lambda x, b, n: b(x) * n.weight.sum(), conv(), nn.LayerNorm(2))),
+    "input": (
+        "1",
+        Net(lambda x, a, *rest: rest[1](rest[0](x + a(x))), conv(3, 3), conv(3), end()),
+    ),
     "frozen": ("2", classifier(torchvision.ops.FrozenBatchNorm2d(16), conv())),
-    "no statistics": ("2", classifier(nn.BatchNorm2d(16, track_running_stats=False), conv())),
-    # NNI fails in this block, whatever is kept before it.
-    "statistics": (
-        "2",
-        block(lambda x, n: F.batch_norm(x, n.running_mean, n.running_var), nn.BatchNorm2d(16)),
-    ),
-    "called twice": ("2", block(lambda x, b: b(b(x)), conv())),
-    "on two levels": ("1.1 2", block(lambda x, a, b: b(a(x)) + b(x), conv(), conv())),
+    "no statistics": ("0 2", classifier(nn.BatchNorm2d(16, track_running_stats=False), conv())),
+    "class": ("0 2", classifier(NormAct(16), conv())),
+    "PReLU": ("0 3", classifier(nn.PReLU(16), nn.PReLU(), conv())),
+    "called twice": ("0 1.0 2", block(lambda x, b: b(b(x)), conv())),
+    "two names": ("0 1.0 2", TWO_NAMES),
     "tied": ("0", TIED),
-    "state": (
-        "0",
-        on_tokens(lambda x, lstm: lstm(x)[1][0][-1][:, None], nn.LSTM(16, 16, batch_first=True)),
-    ),
-    "positions": ("0", on_tokens(lambda x, e: x + e(torch.arange(64)), nn.Embedding(64, 16))),
+    "parametrized": ("2", classifier(parametrizations.weight_norm(conv()), conv())),
     "option": ("0 1", WithOption(*classifier(conv()))),
-    "untraceable": (
-        "0 2",
-        classifier(
-            nn.Sequential(conv(), Net(lambda x, b: x if b(x).sum() > 0 else -x, conv())), conv()
+    "hook": ("0 1", HOOKED),
+    "question": ("0 1.1 2", block(lambda x, b, c: c(x) if b(x).sum() > 0 else -x, conv(), conv())),
+    "shapes": ("0 1.0 2", block(lambda x, b: b(x[: len(x), :, : x.shape[2] // 2]), conv())),
+    "two ways": (
+        "1.0 2",
+        block(
+            lambda x, a, b, m, n: (a if len(x) < 3 else b)(x) + m(n(x), n(x), n(x))[0].mean(),
+            conv(),
+            conv(),
+            nn.MultiheadAttention(64, 1),
+            nn.Flatten(2),
         ),
     ),
-    "one logit": ("0", nn.Sequential(conv(3), end(1)), IMAGES[:1]),
-    "bytes": (
-        "0.0 0.1",
-        Net(lambda x, net: net(x.to(net[0].weight.dtype)), classifier(conv())),
-        (IMAGES * 0 + 255).byte(),
+    # NaN ends in the sign: only the comparison shows what depends on what.
+    "sign": ("2", classifier(Net(torch.sign), conv())),
+    "number of channels": ("0", block(lambda x, b: b(x) * len(b.bias), conv())[:2].append(end())),
+    "dataclass": ("0", nn.Sequential(conv(3), end(), Net(lambda x: Output(x * x.mean())))),
+    # Time comes first, and ReLU is silent: channels that are constant are not chosen.
+    "frames": (
+        "0.0 0.2",
+        Net(on_frames, classifier(nn.ReLU6(), conv())),
+        torch.rand(2, 4, 3, 8, 8),
     ),
+    "one logit": ("0", nn.Sequential(conv(3), end(1)), IMAGES[:1]),
     "in place": (
         "1 2",
         Net(
-            lambda words, x, e, a, b, end: end(b(a(x.mul_(2))) * e(words.remainder_(5)).mean()),
+            lambda words, x, e, a, b, end: end(
+                b(a(x.mul_(2))).relu_() * e(words.remainder_(5)).mean()
+            ),
             nn.Embedding(9, 16),
             *classifier(conv()),
         ),
@@ -286,10 +336,9 @@ def test_precision_zeros_and_frozen_parameters_stay_and_so_does_the_original(dty
     weight = net[0].weight.requires_grad_(False)
     nn.init.zeros_(net[2][0].weight)
     before = copy.deepcopy(net.state_dict())
-    compact = script.prune(net, L1, 0.5, IMAGES)
+    compact = script.prune(net, L1, np.float32(0.5), IMAGES)
     assert torch.isin(compact[0].weight.double(), weight.double()).all()  # not rounded
     assert {p.dtype for p in compact.parameters()} == {dtype}
-    assert torch.get_default_dtype() == torch.float32
     assert not compact[0].weight.requires_grad
     assert compact[2][0].weight.eq(0).sum() == 5 * 8
     assert all(p.grad is None for p in compact.parameters())
@@ -297,17 +346,22 @@ def test_precision_zeros_and_frozen_parameters_stay_and_so_does_the_original(dty
     assert all(map(torch.equal, net.state_dict().values(), before.values()))
 
 
+def settings():
+    """What a caller may have set, and finds again."""
+    values = [torch.get_default_dtype(), torch.backends.mha.get_fastpath_enabled()]
+    values += [torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), warnings.filters[:]]
+    return [*values, logging.getLogger("nni").level, torch.get_rng_state().tolist()]
+
+
 @parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_what_the_caller_has_set_does_not_matter_and_stays(context):
     copies = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        before = torch.get_rng_state()
         with context(), torch.autocast("cpu"):
+            before = settings()
             compact = script.prune(NETS["cat"][1], L1, 0.5, IMAGES)
-            assert not torch.is_grad_enabled()
-        assert torch.get_rng_state().equal(before)
-        assert not script.gc.get_freeze_count()
+            assert settings() == before
         copies.append(compact.parameters())
     assert all(map(torch.equal, *copies))
     compact(IMAGES).sum().backward()
@@ -322,42 +376,56 @@ def test_what_forward_stores_stays_out_of_the_copy():
     assert compact.seen.equal(seen)
 
 
-def test_one_attempt_finds_all_conflicts(monkeypatch):
-    collections = []
-    monkeypatch.setattr(script.gc, "collect", lambda: collections.append(1))
-    net = classifier(nn.Softmax(1), conv(), nn.Softmax(1), conv())
-    net.append(Net(lambda y: y * float("nan")))  # which equals itself here
-    script.prune(net, L1, 0.5, IMAGES)
-    assert len(collections) == 3  # after NNI and after the conflict; after NNI
+def test_added_layers_lose_the_channels_whose_mean_score_is_lowest():
+    net = with_distinct_values(NETS["residual"][1], torch.float64)
+    compact = script.prune(net, L1, 0.25, IMAGES)
+    first, second = net[0], net[1][0]
+    norms = sum(layer.weight.abs().sum((1, 2, 3)) for layer in (first, second))
+    kept = norms.argsort()[4:].sort().values
+    assert compact[0].bias.equal(first.bias[kept])
+    assert compact[1][0].weight.equal(second.weight[kept][:, kept])
 
 
-def test_nni_gets_the_layers_in_the_order_of_the_graph():
-    # Its own order is that of a set of strings, and differs with each PYTHONHASHSEED.
-    names = list("012345678")
-    network = script.trace(classifier(*[conv() for _ in names]), IMAGES, set())
-    configs = script.configs_of(names, network, 0.5)
-    assert [config["op_names"][0] for config in configs] == names
+@parametrize("number", [math.inf, 1e300, math.nan, 0])
+def test_no_single_number_hides_a_difference(number, monkeypatch):
+    monkeypatch.setattr(torch, "get_default_dtype", lambda: torch.float64)
+    wanted = torch.linspace(0, 1, 100, dtype=torch.float64)
+    wanted[50] = number
+    script.assert_alike(wanted + 1e-12, wanted)  # rounding, where numbers cancel out
+    with pytest.raises(AssertionError):
+        script.assert_alike(wanted + 1e-6, wanted)
 
 
-@parametrize(("keep", "names"), [("1", "0 2 11"), (["0", "1.1"], "1.0 2 11")])
-def test_keep_names_layers_and_blocks(keep, names):
-    net = classifier(nn.Sequential(conv(), conv()), conv(), *[nn.ReLU()] * 8, conv())
+@parametrize(("keep", "names"), [("1", "0 3 12"), (["0", "1.1", "2"], "1.0 3 12")])
+def test_keep_names_layers_and_blocks(keep, names, caplog):
+    depthwise = conv(groups=16)
+    net = classifier(nn.Sequential(conv(), conv()), depthwise, conv(), *[nn.ReLU()] * 8, conv())
     assert pruned_and_checked(net, (IMAGES,), keep=keep)[1] == names
+    assert not caplog.messages
 
 
 @parametrize(
     ("name", "words"),
     [
         ("chain", ""),
-        ("mean", "stay in 0: "),
-        ("state", "stay in 1, 3.0: "),
-        ("one channel", "stay in 1: "),
+        ("two names", ""),
+        ("mean", "stay in 0: the inputs of a layer depend on many of them"),
+        ("frozen", "stay in 0: they meet what has a fixed size"),
+        ("tied", "stay in 2, 3: their parameters are shared"),
+        ("question", "stay in 1.0: with NaN in them, the network fails: RuntimeError: it asks"),
+        ("sign", "stay in 0: without some, 2 gets wrong inputs"),
+        ("two ways", "stay in 1.1: they never ran"),
     ],
 )
 def test_what_keeps_its_channels_is_logged(caplog, name, words):
     script.prune(NETS[name][1], L1, 0.5, IMAGES)
-    assert len(caplog.messages) == bool(words)
     assert words in caplog.text
+    assert bool(caplog.messages) == bool(words)
+
+
+class Single(nn.Conv2d):
+    def __deepcopy__(self, memo):
+        raise TypeError("one of its kind")
 
 
 @parametrize(
@@ -367,10 +435,12 @@ def test_what_keeps_its_channels_is_logged(caplog, name, words):
         ("sparsity", "sparsity", 1.0),
         ("sparsity", "sparsity", 0.0001),
         ("block", "keep", "block"),
-        ("example_input", "example_input", {"x": IMAGES}),
-        ("uninitialized|nothing", "model", classifier(nn.LazyConv2d(16, 3))),
-        # torch.fx takes another way than the user.
-        ("output", "model", classifier(Net(lambda x: x * (1 + isinstance(x, torch.Tensor))))),
+        ("backbone", "example_input", {"x": IMAGES}),
+        ("backbone", "example_input", [IMAGES]),
+        ("fit", "example_input", IMAGES[:, :2]),
+        ("once", "model", classifier(nn.LazyConv2d(16, 3))),
+        ("copied.*one of its kind", "model", classifier(Single(16, 16, 1))),
+        ("nothing", "model", nn.Conv2d(3, 5, 1)),
     ],
 )
 def test_what_cannot_be_pruned_is_one_line(word, argument, value):
