@@ -19,7 +19,6 @@ import argparse
 import ast
 import contextlib
 import copy
-import ctypes
 import io
 import logging
 import math
@@ -166,15 +165,6 @@ def limit_threads():
         from joblib import cpu_count  # reads affinity and a container's quota
 
         torch.set_num_threads(min(torch.get_num_threads(), cpu_count()))
-
-
-def keep_freed_memory():
-    # Linux's C library gives the memory of large tensors back to the system, and asks for it again
-    # in the next step. This can slow the baseline by half, and not the small models.
-    with contextlib.suppress(AttributeError):  # macOS and Windows have no mallopt
-        mallopt = ctypes.pythonapi.mallopt
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
-        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: 32 MiB, the largest value
 
 
 def select_device(name: str) -> torch.device:
@@ -771,7 +761,6 @@ def main(argv: list[str] | None = None) -> list[dict]:
     # What is wrong with NNI, the device or the folder shows here, before anything is trained.
     nni = import_nni()
     limit_threads()
-    keep_freed_memory()
     device = select_device(args.device)
     folder = args.checkpoint_dir / os.environ.get("NNI_TRIAL_JOB_ID", "")  # of a trial: its own
     probe = folder / ".writable"
