@@ -887,7 +887,8 @@ def prune(model: nn.Module, pruner: str, sparsity: float, example_input, keep=()
                     stays.setdefault(member, reason)
     lines = warnings_about(model, runs, stays)
     if not chosen:
-        raise ExperimentError(f"nothing can be pruned. {next(iter(lines), '')}")
+        reason = lines[0] if lines else "all layers belong to the output, or to keep"
+        raise ExperimentError(f"nothing can be pruned: {reason}")
     for name, layer in runs.layers.items():
         lost = chosen.get(name, torch.tensor(0)).sum()
         small = compact.get_submodule(name)
@@ -912,13 +913,13 @@ def names_below(model, keep):
 def settings_for_pruning():
     """No gradients, no mixed precision, all on the CPU. What the caller has set comes back."""
     with (
+        warnings.catch_warnings(),
         torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast("cpu", enabled=False),
         torch.random.fork_rng(devices=[]),
         torch.device("cpu"),
         torch.compiler.set_stance("force_eager"),  # compiled code calls no layers
-        warnings.catch_warnings(),
         contextlib.ExitStack() as at_the_end,
     ):
         at_the_end.callback(torch.set_default_dtype, torch.get_default_dtype())
@@ -938,7 +939,8 @@ def copy_of(model):
         if not value.is_leaf
     }
     try:
-        return copy.deepcopy(model, memo).cpu().eval()
+        with torch.enable_grad():  # else parts that are compiled to TorchScript come out frozen
+            return copy.deepcopy(model, memo).cpu().eval()
     except Exception as error:  # the network's own code can raise anything
         raise ExperimentError(f"the network cannot be copied: {one_line(error)}") from error
 
@@ -1028,10 +1030,11 @@ def first_argument(args, kwargs):
     return next(iter((*args, *kwargs.values())))
 
 
-def with_first_argument(value, args, kwargs):
+def forward_with(value, forward, args, kwargs):
+    """Call `forward` with another first argument."""
     if args:
-        return (value, *args[1:]), kwargs
-    return args, {**kwargs, next(iter(kwargs)): value}
+        return forward(value, *args[1:], **kwargs)
+    return forward(**{**kwargs, next(iter(kwargs)): value})
 
 
 # What depends on what
@@ -1153,7 +1156,8 @@ class NaNRuns(TorchFunctionMode):
         if isinstance(output, Tensor):
             event.output = output.clone()  # the network may change it in place
         layer = self.layers.get(name)
-        if layer and output.shape[channel_axis(layer)] != outputs_of(layer):
+        shape = getattr(output, "shape", ())
+        if layer and shape[channel_axis(layer) :][:1] != (outputs_of(layer),):
             del self.layers[name]  # of a derived class that returns something else
         return output
 
@@ -1335,15 +1339,15 @@ def cut_and_compare(model, runs, chosen, example):
     if run.obstacle is not None:
         conflicts.append((len(runs.order), run.obstacle))
     compact = copy_of(model)
-    left = {}  # by layer: a mask of the inputs that are left
-    for name, mask in run.reached.items():
+    left = {}  # by layer: masks of the inputs and of the outputs that are left
+    for name, inputs in run.reached.items():
         layer = compact.get_submodule(name)
-        outputs = torch.zeros(outputs_of(layer), dtype=torch.bool)
+        outputs = chosen.get(name, torch.zeros(outputs_of(layer), dtype=torch.bool))
         if is_channelwise(layer):
-            outputs = outputs_behind(layer, mask)
-        left[name] = ~mask
+            outputs = outputs_behind(layer, inputs)
+        left[name] = ~inputs, ~outputs
         try:
-            cut(layer, ~mask, ~chosen.get(name, outputs))
+            cut(layer, *left[name])
         except RuntimeError as error:  # groups of unlike sizes
             conflicts.append((runs.order.index(name), f"{name} cannot be cut: {one_line(error)}"))
     return compact, conflicts or compare(model, compact, left, example)
@@ -1373,41 +1377,51 @@ def cut_weight(layer, weight, inputs, outputs):
 
 
 class Comparison:
-    """Compares the inputs of layers and the output of a copy with those of the original."""
+    """Compares the inputs of layers and the output of a copy with those of the original.
+
+    After the first sample of a batch, layers do not pass on what they compute, but random numbers,
+    the same in both networks. Else a function that is saturated, say, would hide what differs.
+    """
 
     def __init__(self, left):
-        self.left = left  # by layer: a mask of the inputs that the copy has
-        self.wanted = []  # the original's calls: layer and inputs, without those that are lost
+        self.left = left  # by layer: masks of the inputs and of the outputs that the copy has
+        self.wanted = []  # the original's calls: layer, inputs and outputs that the copy has
+        self.generator = torch.Generator().manual_seed(0)
         self.number = 0  # of the next call in the copy
         self.conflicts = []  # the number of a call, and a reason
 
-    def run(self, hook, network, example, dtype):
+    def run(self, call, network, example, dtype):
         for name in self.left:
             layer = network.get_submodule(name)
-            layer.register_forward_pre_hook(partial(hook, name), with_kwargs=True)
+            layer.forward = partial(call, name, layer, layer.forward)
         return tensors_of(compute(network, random_inputs(example, dtype), dtype))
 
-    def before_original(self, name, layer, args, kwargs):
-        """Put zeros where the copy lacks inputs."""
+    def call_original(self, name, layer, forward, *args, **kwargs):
+        """With zeros for the inputs that the copy lacks."""
+        inputs, outputs = self.left[name]
+        axis = channel_axis(layer)
         value = first_argument(args, kwargs).clone()
-        channels = value.movedim(channel_axis(layer), 0)
-        self.wanted.append((name, channels[self.left[name]]))
-        channels[~self.left[name]] = 0
-        return with_first_argument(value, args, kwargs)
+        channels = value.movedim(axis, 0)
+        wanted = channels[inputs].movedim(0, axis)
+        channels[~inputs] = 0
+        output = forward_with(value, forward, args, kwargs)
+        output[1:].normal_(generator=self.generator).pow_(3)
+        self.wanted.append((name, wanted, output.movedim(axis, 0)[outputs].movedim(0, axis)))
+        return output
 
-    def before_copy(self, name, layer, args, kwargs):
+    def call_copy(self, name, layer, forward, *args, **kwargs):
         """Where the inputs differ, go on with those that are wanted: to find all conflicts."""
-        wanted_name, wanted = self.wanted.pop(0)
-        wanted = wanted.movedim(0, channel_axis(layer))
+        wanted_name, inputs, outputs = self.wanted.pop(0)
         number = self.number
         self.number += 1
         try:
             assert name == wanted_name, "the network takes another way"
-            assert_alike(first_argument(args, kwargs), wanted)
-            return None
+            assert_alike(first_argument(args, kwargs), inputs)
         except AssertionError:
             self.conflicts.append((number, f"without some, {name} gets wrong inputs"))
-            return with_first_argument(wanted, args, kwargs)
+        output = forward_with(inputs, forward, args, kwargs)
+        output[1:] = outputs[1:]
+        return output
 
 
 def compare(model, compact, left, example):
@@ -1416,13 +1430,13 @@ def compare(model, compact, left, example):
         comparison = Comparison(left)
         try:
             network = working_copy(model, dtype)
-            wanted = comparison.run(comparison.before_original, network, example, dtype)
+            wanted = comparison.run(comparison.call_original, network, example, dtype)
         except Exception as error:  # the network's own code can raise anything
             failure = error
             continue
         try:
             network = working_copy(compact, dtype)
-            found = comparison.run(comparison.before_copy, network, example, dtype)
+            found = comparison.run(comparison.call_copy, network, example, dtype)
             if not comparison.conflicts:
                 for one, other in zip(found, wanted, strict=True):
                     assert_alike(one, other)

@@ -291,6 +291,18 @@ NETS = {
     ),
     # NaN ends in the sign: only the comparison shows what depends on what.
     "sign": ("2", classifier(Net(torch.sign), conv())),
+    # And nothing of this shows on images: there, the ReLU passes all on.
+    "saturated": (
+        "2",
+        classifier(
+            Net(
+                lambda x: torch.cat(
+                    [F.relu(x[:, : x.shape[1] // 2] + 9), x[:, x.shape[1] // 2 :] + 9], 1
+                )
+            ),
+            conv(),
+        ),
+    ),
     "number of channels": ("0", block(lambda x, b: b(x) * len(b.bias), conv())[:2].append(end())),
     "dataclass": ("0", nn.Sequential(conv(3), end(), Net(lambda x: Output(x * x.mean())))),
     # Time comes first, and ReLU is silent: channels that are constant are not chosen.

@@ -2,8 +2,9 @@
 
 import re
 import shutil
+from itertools import product
 
-import pandas as pd
+import pytest
 from test_pruning import SLOW
 
 import NNI_Pruning as script
@@ -38,26 +39,55 @@ def test_code_runs_as_it_stands(data_dir, tmp_path, monkeypatch, capsys):
         assert digit == str(int(test_labels[0]))
 
 
-def test_the_first_table_is_that_of_seed_0_of_the_reference_run():
-    frame = pd.read_csv(REFERENCE / "bfloat16.csv")
-    frame = frame[frame["seed"] == 0]
-    for row in frame[frame["kind"].isin(["baseline", "pruned"])].to_dict("records"):
-        line = next(line for line in README.splitlines() if line.startswith(f"{row['name']} "))
-        assert f" {row['accuracy']:.2f} " in line
-        assert f" {row['parameters']:,} " in line
+RUNS = {
+    path.stem: script.read_results(path)
+    for path in REFERENCE.glob("*.csv")
+    if path.stem != "cifar10"
+}
 
 
-def test_reference_tables_and_the_readmes_means_are_those_of_the_runs():
+def test_the_tables_of_results_are_those_of_the_reference_runs():
+    frame = RUNS["bfloat16"]
+    first = frame.query("seed == 0 and kind in ('baseline', 'pruned')")
+    assert "\n\n".join(script.report(first).split("\n\n")[:2]) in README
     reports = (REFERENCE / "README.md").read_text(encoding="utf-8")
-    means = {}
-    for path in REFERENCE.glob("*.csv"):
-        frame = script.read_results(path)
-        assert script.report(frame) in reports
-        wrong = (100 - frame["accuracy"]) / 100 * frame["test_images"]
-        means[path.stem] = wrong.groupby(frame["name"]).mean()
-    for name in means["bfloat16"].index:
-        numbers = [f"{means[run][name]:.1f}" for run in ("bfloat16", "float32", "avx2")]
-        assert " / ".join(numbers) in README, name
+    assert all(script.report(frame) in reports for frame in RUNS.values())
+    accuracy = frame.groupby("name")["accuracy"].mean().map("{:.2f}".format)
+    for sparsity in script.SPARSITIES:
+        both = " and ".join(accuracy[f"{pruner}_{sparsity}"] for pruner in script.PRUNERS)
+        assert f"| {both} % |" in README
+
+
+def difference(run, one, other):
+    """Wrong images of `one` minus those of `other`, with the interval, as the README has it."""
+    by_model = RUNS[run].set_index(["name", "seed"])["wrong"].loc[[one, other]]
+    is_wrong = by_model.str.get_dummies(" ").reindex(columns=map(str, range(10_000)), fill_value=0)
+    points = 100 * (is_wrong.loc[one] - is_wrong.loc[other])
+    mean = 100 * points.mean(axis=None)
+    half = 100 * script.half_interval(points)
+    return f"{mean:.1f} ({mean - half:.1f} to {mean + half:.1f})"
+
+
+@pytest.mark.parametrize("label", ["L1NormPruner", "FPGMPruner", "random", "scratch"])
+def test_differences_from_the_baseline(label):
+    cells = []
+    for run, epochs in (("bfloat16", 6), ("gentle", 4)):
+        for sparsity in script.SPARSITIES:
+            name = f"{label}_{sparsity}" + f"_{epochs}_epochs" * (label == "scratch")
+            cells.append(difference(run, name, "baseline"))
+    assert " | ".join(cells) in README
+
+
+def test_differences_in_sentences():
+    text = " ".join(README.split())
+    for pruner, sparsity in product(script.PRUNERS, script.SPARSITIES):
+        name = f"{pruner}_{sparsity}"
+        assert difference("bfloat16", name, "baseline_3_more_epochs") in text
+        assert difference("bfloat16", name, f"scratch_{sparsity}_6_epochs") in text
+        assert difference("bfloat16", f"scratch_{sparsity}_3_epochs", name) in text
+        for run in ("bfloat16", "gentle"):
+            assert difference(run, f"random_{sparsity}", name) in text
+            assert difference(run, f"L1NormPruner_{sparsity}", f"FPGMPruner_{sparsity}") in text
 
 
 def test_the_table_of_networks_is_that_of_the_tests():
