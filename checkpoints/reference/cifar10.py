@@ -38,7 +38,7 @@ def resnet20(a=16, b=32, c=64):
     blocks = [BasicBlock(a, a), BasicBlock(a, a), BasicBlock(a, a)]
     blocks += [BasicBlock(a, b, 2, to_b), BasicBlock(b, b), BasicBlock(b, b)]
     blocks += [BasicBlock(b, c, 2, to_c), BasicBlock(c, c), BasicBlock(c, c)]
-    start = [nn.BatchNorm2d(3, affine=False), ops.Conv2dNormActivation(3, a)]  # BatchNorm: scales pixels
+    start = [nn.BatchNorm2d(3, affine=False), ops.Conv2dNormActivation(3, a)]  # scales the pixels
     return nn.Sequential(*start, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, 10))
 
 
