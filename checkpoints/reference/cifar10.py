@@ -1,9 +1,9 @@
 """What `prune` costs a network that people know: ResNet-20 on CIFAR-10. From the root:
 
-    python checkpoints/reference/cifar10.py --epochs 15 --seeds 0 1 2
+    python checkpoints/reference/cifar10.py --epochs 10 --seeds 0 1
 
-A pruned network has seen its baseline's epochs as well. So compare a fully tuned one with twice as
-long a training from scratch, and a gently tuned one with as long a training as the baseline's.
+A pruned network has seen its baseline's epochs as well. So the network from scratch, which trains
+for as many epochs as the baseline, has had the shorter training.
 """
 
 import argparse
@@ -91,11 +91,11 @@ def finish(rows, data, seed, name, model, epochs, lr=LEARNING_RATE, **more):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="ResNet-20 on CIFAR-10, pruned and fine-tuned")
-    parser.add_argument("--epochs", type=int, default=15, help="of a baseline")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=10, help="of a baseline")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5])
     args = parser.parse_args(argv)
-    script.prepare_processor()
+    script.limit_threads()
     parts = [datasets.CIFAR10("data", is_train, download=True) for is_train in (True, False)]
     data = [(torch.tensor(p.data).permute(0, 3, 1, 2), torch.tensor(p.targets)) for p in parts]
     rows = []
@@ -115,7 +115,6 @@ def main(argv=None):
                 finish(rows, data, seed, f"{name}_gentle", pruned, max(1, args.epochs // 5), **more)
             sizes = [block.conv1.out_channels for block in pruned[2:11:3]]
             finish(rows, data, seed, f"scratch_{sparsity}", resnet20(*sizes), args.epochs)
-            finish(rows, data, seed, f"scratch_{sparsity}_twice", resnet20(*sizes), 2 * args.epochs)
     frame = pd.DataFrame(rows)
     table = frame.groupby("name", sort=False)[["parameters", "accuracy_before", "accuracy"]].mean()
     is_wrong = frame.set_index(["name", "seed"])["wrong"].str.get_dummies(" ")
