@@ -8,7 +8,7 @@ import pytest
 from test_pruning import SLOW
 
 import NNI_Pruning as script
-from conftest import REFERENCE, ROOT, read_mnist
+from conftest import REFERENCE, ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -24,19 +24,15 @@ def test_options_that_the_readme_names_exist(call):
     assert set(named) <= set(known)
 
 
-def test_code_runs_as_it_stands(data_dir, tmp_path, monkeypatch, capsys):
+def test_code_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(REFERENCE, tmp_path / "checkpoints" / "reference")
-    shutil.copytree(data_dir, tmp_path / "data")
     for snippet in SNIPPETS:
         exec(compile(snippet, "README.md", "exec"), {})
     lines = capsys.readouterr().out.splitlines()
-    again, exported, layer, digit = [line for line in lines if line != "0 Filter"]  # NNI's
-    assert (again, exported) == ("torch.Size([2, 1000])", "torch.Size([5, 1000])")
+    again, layer = [line for line in lines if line != "0 Filter"]  # NNI's
+    assert again == "torch.Size([2, 1000])"
     assert layer.startswith("Conv2d(1, 16, ")
-    *_, test_labels = read_mnist(data_dir)
-    if len(test_labels) == 10_000:
-        assert digit == str(int(test_labels[0]))
 
 
 RUNS = {
