@@ -1155,7 +1155,7 @@ class NaNRuns(TorchFunctionMode):
         output = forward(*args, **kwargs)
         event.end = len(self.events)
         if isinstance(output, Tensor):
-            event.output = output.clone()  # the network may change it in place
+            event.output = output  # which later code may change in place: its numbers do not matter
         layer = self.layers.get(name)
         shape = getattr(output, "shape", ())
         if layer and shape[channel_axis(layer) :][:1] != (outputs_of(layer),):
