@@ -285,7 +285,10 @@ NETS = {
     "parametrized": ("2", classifier(parametrizations.weight_norm(conv()), conv())),
     "option": ("0 1", WithOption(*classifier(conv()))),
     "hook": ("0 1", HOOKED),
-    "question": ("0 1.1 2", block(lambda x, b, c: c(x) if b(x).sum() > 0 else -x, conv(), conv())),
+    "question": (
+        "0 1.1 2",
+        block(lambda x, b, c: c(x) if b(x).sum() > -1e9 else -x, conv(), conv()),
+    ),
     "shapes": ("0 1.0 2", block(lambda x, b: b(x[: len(x), :, : x.shape[2] // 2]), conv())),
     "two ways": (
         "1.0 2",
